@@ -1,0 +1,485 @@
+//! Safe wrapper over the parts of ggml that the engine uses: graphs of custom operations on a thread
+//! pool, the quantizers, and the dequantizers.
+//!
+//! `GGML_ASSERT` aborts the process and cannot be caught, so every shape and type is checked here or by
+//! the callers before ggml sees it.
+
+use std::{
+    any::Any,
+    ffi::{c_int, c_void},
+    panic::{AssertUnwindSafe, catch_unwind},
+    ptr::{self, NonNull},
+    sync::{
+        Mutex, Once,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use ggml_sys as sys;
+
+use crate::{
+    dtype::DType,
+    error::{Error, ErrorKind, Result},
+};
+
+/// Version of the ggml inside, for example `0.26.0`.
+pub fn version() -> &'static str {
+    // SAFETY: ggml returns a pointer to a string constant.
+    unsafe { std::ffi::CStr::from_ptr(sys::ggml_version()) }.to_str().unwrap_or("unknown")
+}
+
+/// Quantizes rows of `row_len` elements from `src` with ggml's own quantizer and appends the bytes to `dst`.
+///
+/// `importance` holds one weight per column (an importance matrix), shared by all rows. Calls may run on
+/// many threads at once. Errors with [`ErrorKind::InvalidArgument`] where lengths do not fit the type.
+pub fn quantize(
+    dtype: DType,
+    src: &[f32],
+    row_len: usize,
+    importance: Option<&[f32]>,
+    dst: &mut Vec<u8>,
+) -> Result<()> {
+    let row_bytes = row_bytes(dtype, src.len(), row_len)?;
+    if importance.is_some_and(|weights| weights.len() != row_len) {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            "the importance matrix does not have one weight per column",
+        ));
+    }
+    init();
+    let rows = src.len() / row_len;
+    let start = dst.len();
+    dst.resize(start + rows * row_bytes, 0);
+    // SAFETY: src holds rows * row_len floats, dst has room for rows * row_bytes, importance one float per column.
+    let written = unsafe {
+        sys::ggml_quantize_chunk(
+            dtype.ggml_id(),
+            src.as_ptr(),
+            dst[start..].as_mut_ptr().cast(),
+            0,
+            rows as i64,
+            row_len as i64,
+            importance.map_or(ptr::null(), <[f32]>::as_ptr),
+        )
+    };
+    debug_assert_eq!(written, rows * row_bytes);
+    Ok(())
+}
+
+/// Dequantizes `src`, whole blocks of `dtype`, into `dst`: one f32 per element.
+///
+/// Errors with [`ErrorKind::InvalidArgument`] where the lengths do not match.
+pub fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) -> Result<()> {
+    if dtype.row_bytes(dst.len() as u64) != Some(src.len() as u64) {
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format_args!("{} bytes are not {} elements of {dtype}", src.len(), dst.len()),
+        ));
+    }
+    if dtype == DType::F32 {
+        for (value, bytes) in dst.iter_mut().zip(src.chunks_exact(4)) {
+            *value = f32::from_le_bytes(bytes.try_into().expect("chunks of four"));
+        }
+        return Ok(());
+    }
+    init();
+    // SAFETY: the traits table is static; the lengths were checked above.
+    unsafe {
+        let to_float =
+            (*sys::ggml_get_type_traits(dtype.ggml_id())).to_float.expect("every accepted type dequantizes");
+        to_float(src.as_ptr().cast(), dst.as_mut_ptr(), dst.len() as i64);
+    }
+    Ok(())
+}
+
+/// A custom operation: what a graph node does.
+///
+/// ggml runs `run` once on every thread of the pool, then waits for all of them before the next node.
+pub(crate) trait Op: Send + Sync {
+    /// Computes `args.output` from `args.inputs`.
+    fn run(&self, args: &OpArgs<'_>);
+}
+
+/// What one thread gets to see of a node that is being computed.
+pub(crate) struct OpArgs<'a> {
+    /// Where the result goes.
+    pub output: Tensor,
+    /// Sources, in the order given to [`GraphBuilder::custom`].
+    pub inputs: [Option<Tensor>; 3],
+    next: &'a AtomicUsize,
+}
+
+impl OpArgs<'_> {
+    /// Takes work items `0..count` from the counter that all threads share, one after the other.
+    pub fn items(&self, count: usize) -> impl Iterator<Item = usize> + '_ {
+        std::iter::from_fn(move || Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < count))
+    }
+
+    /// Source `index`; the graph's builder gave it.
+    pub fn input(&self, index: usize) -> Tensor {
+        self.inputs[index].expect("the node was built with this source")
+    }
+}
+
+/// A tensor of a graph.
+#[derive(Clone, Copy)]
+pub(crate) struct Tensor(NonNull<sys::ggml_tensor>);
+
+impl Tensor {
+    /// Address of the first element. Valid while the graph is being computed, and for its last node after.
+    pub fn data<T>(self) -> *mut T {
+        // SAFETY: tensors live as long as their graph's context.
+        unsafe { self.0.as_ref().data.cast() }
+    }
+
+    /// Elements along dimension `axis`, fastest first.
+    pub fn len(self, axis: usize) -> usize {
+        // SAFETY: as above.
+        unsafe { self.0.as_ref().ne[axis] as usize }
+    }
+}
+
+/// Builds a [`Graph`] node by node.
+pub(crate) struct GraphBuilder {
+    context: NonNull<sys::ggml_context>,
+    graph: NonNull<sys::ggml_cgraph>,
+    nodes: Vec<Node>,
+}
+
+/// A node's operation and its work counter. Its address is the node's user data, so the vector of nodes is
+/// made with room for all and never grows.
+struct Node {
+    op: Box<dyn Op>,
+    next: AtomicUsize,
+    panicked: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl GraphBuilder {
+    /// A builder with room for `nodes` nodes.
+    pub fn new(nodes: usize) -> Result<Self> {
+        init();
+        // SAFETY: with no_alloc set ggml only allocates the stated bookkeeping bytes, which cover all nodes.
+        unsafe {
+            let mem_size =
+                (nodes + 8) * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(nodes + 8, false);
+            let context = NonNull::new(sys::ggml_init(sys::ggml_init_params {
+                mem_size,
+                mem_buffer: ptr::null_mut(),
+                no_alloc: true,
+            }))
+            .ok_or_else(out_of_memory)?;
+            let graph = NonNull::new(sys::ggml_new_graph_custom(context.as_ptr(), nodes + 8, false))
+                .ok_or_else(out_of_memory)?;
+            Ok(Self { context, graph, nodes: Vec::with_capacity(nodes) })
+        }
+    }
+
+    /// Adds a node that computes a tensor of f32 `[columns, rows]` (columns fastest) from `inputs`.
+    pub fn custom(&mut self, op: impl Op + 'static, shape: [usize; 2], inputs: &[Tensor]) -> Tensor {
+        self.add(Box::new(op), sys::GGML_TYPE_F32, shape, inputs)
+    }
+
+    /// Adds a node whose result is `[bytes, rows]` of raw bytes.
+    pub fn custom_bytes(&mut self, op: impl Op + 'static, shape: [usize; 2], inputs: &[Tensor]) -> Tensor {
+        self.add(Box::new(op), sys::GGML_TYPE_I8, shape, inputs)
+    }
+
+    /// Allocates the intermediate results and finishes the graph; `last` is its result.
+    pub fn finish(self, last: Tensor) -> Result<Graph> {
+        let mut this = std::mem::ManuallyDrop::new(self);
+        // SAFETY: context and graph are valid; the nodes vector is moved out exactly once, and the builder's
+        // drop does not run.
+        unsafe {
+            sys::ggml_build_forward_expand(this.graph.as_ptr(), last.0.as_ptr());
+            let nodes = std::mem::take(&mut this.nodes);
+            let (context, graph) = (this.context, this.graph);
+            let allocator = sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type());
+            let mut built = Graph { context, graph, allocator, nodes, last, work: Vec::new() };
+            if built.allocator.is_null()
+                || !sys::ggml_gallocr_alloc_graph(built.allocator, built.graph.as_ptr())
+            {
+                return Err(out_of_memory());
+            }
+            let plan = sys::ggml_graph_plan(built.graph.as_ptr(), 1, ptr::null_mut());
+            built.work.resize(plan.work_size, 0);
+            Ok(built)
+        }
+    }
+
+    fn add(
+        &mut self,
+        op: Box<dyn Op>,
+        dtype: sys::ggml_type,
+        shape: [usize; 2],
+        inputs: &[Tensor],
+    ) -> Tensor {
+        assert!(
+            inputs.len() <= 3 && self.nodes.len() < self.nodes.capacity(),
+            "the graph was sized for its nodes"
+        );
+        self.nodes.push(Node { op, next: AtomicUsize::new(0), panicked: Mutex::new(None) });
+        let node = self.nodes.last_mut().expect("just pushed");
+        let mut sources: Vec<*mut sys::ggml_tensor> = inputs.iter().map(|t| t.0.as_ptr()).collect();
+        // SAFETY: the context has room; sources are tensors of the same context; the node stays
+        // where it is until the graph is freed.
+        let tensor = unsafe {
+            sys::ggml_custom_4d(
+                self.context.as_ptr(),
+                dtype,
+                shape[0] as i64,
+                shape[1] as i64,
+                1,
+                1,
+                sources.as_mut_ptr(),
+                sources.len() as c_int,
+                Some(run_node),
+                -1, // GGML_N_TASKS_MAX: every thread of the pool
+                ptr::from_mut(node).cast(),
+            )
+        };
+        Tensor(NonNull::new(tensor).expect("ggml_custom_4d returns a tensor"))
+    }
+}
+
+impl Drop for GraphBuilder {
+    fn drop(&mut self) {
+        // SAFETY: the context is owned and freed once.
+        unsafe { sys::ggml_free(self.context.as_ptr()) }
+    }
+}
+
+/// A graph ready to be computed again and again.
+pub(crate) struct Graph {
+    context: NonNull<sys::ggml_context>,
+    graph: NonNull<sys::ggml_cgraph>,
+    allocator: sys::ggml_gallocr_t,
+    nodes: Vec<Node>,
+    last: Tensor,
+    work: Vec<u8>,
+}
+
+// SAFETY: the raw pointers are owned; nothing in ggml's context is bound to a thread.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Runs all nodes on `pool`. The result stays in [`Graph::result`] until the next run.
+    pub fn compute(&mut self, pool: &ThreadPool) -> Result<()> {
+        for node in &self.nodes {
+            node.next.store(0, Ordering::Relaxed);
+        }
+        // SAFETY: the graph is allocated, the work buffer was sized by ggml_graph_plan, the pool is alive.
+        let status = unsafe {
+            let mut plan =
+                sys::ggml_graph_plan(self.graph.as_ptr(), pool.threads as c_int, pool.pool.as_ptr());
+            if plan.work_size > self.work.len() {
+                self.work.resize(plan.work_size, 0);
+            }
+            plan.work_data = self.work.as_mut_ptr();
+            sys::ggml_graph_compute(self.graph.as_ptr(), &mut plan)
+        };
+        for node in &self.nodes {
+            if node.panicked.lock().is_ok_and(|panic| panic.is_some()) {
+                return Err(Error::new(
+                    ErrorKind::Backend,
+                    "a kernel panicked; this session is not usable any more",
+                ));
+            }
+        }
+        if status != sys::GGML_STATUS_SUCCESS {
+            return Err(Error::new(
+                ErrorKind::Backend,
+                format_args!("ggml could not compute the graph (status {status})"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The last node's f32 elements.
+    pub fn result(&self) -> &[f32] {
+        // SAFETY: the last node is an allocated, contiguous f32 tensor that nothing writes between runs.
+        unsafe { std::slice::from_raw_parts(self.last.data(), self.last.len(0) * self.last.len(1)) }
+    }
+
+    /// Bytes of the intermediate results.
+    pub fn buffer_bytes(&self) -> usize {
+        // SAFETY: the allocator is valid and has one buffer.
+        unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator, 0) }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: both are owned and freed once; ggml_gallocr_free is not called on null.
+        unsafe {
+            if !self.allocator.is_null() {
+                sys::ggml_gallocr_free(self.allocator);
+            }
+            sys::ggml_free(self.context.as_ptr());
+        }
+    }
+}
+
+/// Worker threads that compute graphs; they sleep between runs.
+pub(crate) struct ThreadPool {
+    pool: NonNull<sys::ggml_threadpool>,
+    threads: usize,
+}
+
+// SAFETY: ggml's pool is guarded by its own mutex; the engine uses one pool from one thread at a time.
+unsafe impl Send for ThreadPool {}
+
+impl ThreadPool {
+    /// A pool of `threads` threads, the caller's included. 1 to 512.
+    pub fn new(threads: usize) -> Result<Self> {
+        if !(1..=sys::GGML_MAX_N_THREADS as usize).contains(&threads) {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format_args!("{threads} threads; choose 1 to {}", sys::GGML_MAX_N_THREADS),
+            ));
+        }
+        init();
+        // SAFETY: the parameters are ggml's own defaults.
+        let pool = unsafe {
+            let mut params = sys::ggml_threadpool_params_default(threads as c_int);
+            sys::ggml_threadpool_new(&mut params)
+        };
+        Ok(Self { pool: NonNull::new(pool).ok_or_else(out_of_memory)?, threads })
+    }
+
+    /// Number of threads.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        // SAFETY: owned and freed once; no graph is running.
+        unsafe { sys::ggml_threadpool_free(self.pool.as_ptr()) }
+    }
+}
+
+/// What ggml calls for a node, on every thread.
+///
+/// A panic must not unwind into C: it is kept in the node, and [`Graph::compute`] reports it.
+unsafe extern "C" fn run_node(output: *mut sys::ggml_tensor, _ith: c_int, _nth: c_int, data: *mut c_void) {
+    // SAFETY: data is the node's address, valid while the graph is; output is the node's tensor.
+    let (node, tensor) = unsafe { (&*data.cast::<Node>(), NonNull::new_unchecked(output)) };
+    // SAFETY: as above; ggml does not modify a tensor's sources while computing.
+    let sources = unsafe { tensor.as_ref().src };
+    let args = OpArgs {
+        output: Tensor(tensor),
+        inputs: [0, 1, 2].map(|i| NonNull::new(sources[i]).map(Tensor)),
+        next: &node.next,
+    };
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| node.op.run(&args)))
+        && let Ok(mut slot) = node.panicked.lock()
+    {
+        slot.get_or_insert(panic);
+    }
+}
+
+/// ggml's tables; safe to call often.
+fn init() {
+    static ONCE: Once = Once::new();
+    // SAFETY: ggml's initialisers may be called once from any thread; the quantizers' tables are then read-only.
+    ONCE.call_once(|| unsafe {
+        sys::ggml_cpu_init();
+        for dtype in DType::ALL {
+            sys::ggml_quantize_init(dtype.ggml_id());
+        }
+    });
+}
+
+fn row_bytes(dtype: DType, len: usize, row_len: usize) -> Result<usize> {
+    let whole = row_len > 0 && len.is_multiple_of(row_len);
+    match dtype.row_bytes(row_len as u64) {
+        Some(bytes) if whole => Ok(bytes as usize),
+        _ => Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format_args!("{len} elements do not make rows of {row_len} in blocks of {}", dtype.block_len()),
+        )),
+    }
+}
+
+fn out_of_memory() -> Error {
+    Error::new(ErrorKind::Backend, "ggml could not allocate memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Fill;
+    impl Op for Fill {
+        fn run(&self, args: &OpArgs<'_>) {
+            for i in args.items(args.output.len(0)) {
+                // SAFETY: i is below the row's length.
+                unsafe { *args.output.data::<f32>().add(i) += i as f32 }
+            }
+        }
+    }
+
+    struct Square;
+    impl Op for Square {
+        fn run(&self, args: &OpArgs<'_>) {
+            for i in args.items(args.output.len(0)) {
+                // SAFETY: both rows have the same length.
+                unsafe {
+                    let x = *args.input(0).data::<f32>().add(i);
+                    *args.output.data::<f32>().add(i) = x * x;
+                }
+            }
+        }
+    }
+
+    struct Panic;
+    impl Op for Panic {
+        fn run(&self, _: &OpArgs<'_>) {
+            panic!("on purpose");
+        }
+    }
+
+    #[test]
+    fn every_item_is_computed_once_on_any_number_of_threads() {
+        for threads in [1, 2, 5] {
+            let mut builder = GraphBuilder::new(2).unwrap();
+            let x = builder.custom(Fill, [1000, 1], &[]);
+            let y = builder.custom(Square, [1000, 1], &[x]);
+            let mut graph = builder.finish(y).unwrap();
+            let pool = ThreadPool::new(threads).unwrap();
+            // SAFETY: Fill adds to its output, which the allocator leaves unset: make it zero.
+            unsafe { ptr::write_bytes(x.data::<f32>(), 0, 1000) };
+            graph.compute(&pool).unwrap();
+            let expected: Vec<f32> = (0..1000).map(|i| (i * i) as f32).collect();
+            assert_eq!(graph.result(), expected);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_kernel_becomes_an_error() {
+        let mut builder = GraphBuilder::new(1).unwrap();
+        let x = builder.custom(Panic, [1, 1], &[]);
+        let mut graph = builder.finish(x).unwrap();
+        let error = graph.compute(&ThreadPool::new(2).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Backend);
+    }
+
+    #[test]
+    fn quantizing_loses_little_and_refuses_odd_lengths() {
+        let row: Vec<f32> = (0..512).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+        for dtype in DType::ALL {
+            let mut bytes = Vec::new();
+            quantize(dtype, &row, 256, Some(&[1.0; 256]), &mut bytes).unwrap();
+            let mut back = vec![0.0; 512];
+            dequantize(dtype, &bytes, &mut back).unwrap();
+            let error: f32 = row.iter().zip(&back).map(|(a, b)| (a - b).powi(2)).sum::<f32>();
+            let norm: f32 = row.iter().map(|a| a * a).sum();
+            let bound = 2.0f32.powf(-2.0 * (dtype.bits().min(12.0) as f32 - 1.0));
+            assert!(error / norm <= bound, "{dtype}: {} > {bound}", error / norm);
+            assert!(dequantize(dtype, &bytes[1..], &mut back).is_err());
+        }
+        assert!(quantize(DType::Q4_K, &row, 32, None, &mut Vec::new()).is_err());
+        assert!(quantize(DType::Q8_0, &row, 0, None, &mut Vec::new()).is_err());
+    }
+}

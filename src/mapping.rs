@@ -1,0 +1,79 @@
+//! The bytes of a model file: mapped, or read into memory.
+
+use std::{
+    fs::File,
+    ops::Deref,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a model file gets into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LoadMode {
+    /// Map the file: pages are read when needed, shared between processes, and given back under memory
+    /// pressure. The file must not be shortened while the model is in use: the system then kills the process.
+    #[default]
+    Map,
+    /// Read the file into memory: for storage that others can change.
+    Heap,
+}
+
+/// An immutable file image.
+#[derive(Debug)]
+pub struct Mapping {
+    bytes: Bytes,
+    path: PathBuf,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped(memmap2::Mmap),
+    Heap(Vec<u8>),
+}
+
+impl Mapping {
+    /// Opens `path`. Errors with [`ErrorKind::Io`] naming the file.
+    pub fn open(path: &Path, mode: LoadMode) -> Result<Self> {
+        let io = |source| Error::io(path, source);
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
+            return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
+        }
+        let bytes = match mode {
+            // SAFETY: the file is only read; that it must not shrink is stated in LoadMode::Map.
+            LoadMode::Map if metadata.len() > 0 => {
+                Bytes::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(io)?)
+            }
+            _ => read(file, metadata.len()).map_err(io)?,
+        };
+        Ok(Self { bytes, path: path.to_path_buf() })
+    }
+
+    /// The file's path, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Deref for Mapping {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.bytes {
+            Bytes::Mapped(map) => map,
+            Bytes::Heap(bytes) => bytes,
+        }
+    }
+}
+
+fn read(mut file: File, len: u64) -> std::io::Result<Bytes> {
+    use std::io::{Error, ErrorKind, Read};
+    let len = usize::try_from(len).map_err(|_| Error::from(ErrorKind::OutOfMemory))?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).map_err(|_| Error::from(ErrorKind::OutOfMemory))?;
+    bytes.resize(len, 0);
+    file.read_exact(&mut bytes)?;
+    Ok(Bytes::Heap(bytes))
+}
