@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     ops::Deref,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use crate::error::{Error, ErrorKind, Result};
@@ -23,7 +23,6 @@ pub enum LoadMode {
 #[derive(Debug)]
 pub struct Mapping {
     bytes: Bytes,
-    path: PathBuf,
 }
 
 #[derive(Debug)]
@@ -48,12 +47,13 @@ impl Mapping {
             }
             _ => read(file, metadata.len()).map_err(io)?,
         };
-        Ok(Self { bytes, path: path.to_path_buf() })
+        Ok(Self { bytes })
     }
 
-    /// The file's path, for messages.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A file image that is in memory already.
+    #[cfg(test)]
+    pub fn from_bytes(bytes: Vec<u8>) -> Self {
+        Self { bytes: Bytes::Heap(bytes) }
     }
 }
 

@@ -59,18 +59,24 @@ impl Session {
     ///
     /// An id outside the vocabulary is refused before anything changes.
     pub fn read(&mut self, tokens: &[u32]) -> Result<()> {
+        self.read_while(tokens, || true).map(drop)
+    }
+
+    /// [`read`](Self::read) that asks before each block whether to go on. Gives the number of tokens read; if
+    /// those are not all, there are no logits until more is read.
+    pub fn read_while(&mut self, tokens: &[u32], mut go_on: impl FnMut() -> bool) -> Result<usize> {
         self.check(tokens)?;
         let blocks = tokens.len().div_ceil(self.block);
         for (i, block) in tokens.chunks(self.block).enumerate() {
+            if !go_on() {
+                return Ok(i * self.block);
+            }
+            // Those of an earlier token must not outlive an end in the middle.
+            self.logits.clear();
             let logits = if i + 1 == blocks { Logits::Last } else { Logits::None };
-            self.advance(block, logits, |session, logits| {
-                if !logits.is_empty() {
-                    session.logits.clear();
-                    session.logits.extend_from_slice(logits);
-                }
-            })?;
+            self.advance(block, logits, |session, logits| session.logits.extend_from_slice(logits))?;
         }
-        Ok(())
+        Ok(tokens.len())
     }
 
     /// Reads `tokens` and gives `visit` the logits after each: the token's index in `tokens`, and (V) values.

@@ -25,6 +25,19 @@ pub struct Matrix {
 }
 
 impl Matrix {
+    /// A matrix of its own, quantized from `values`.
+    #[cfg(test)]
+    pub(crate) fn from_values(dtype: DType, columns: usize, values: &[f32]) -> Self {
+        let mut bytes = Vec::new();
+        match dtype {
+            DType::F32 => values.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+            _ => ggml::quantize(dtype, values, columns, None, &mut bytes).expect("whole blocks"),
+        }
+        let range = 0..bytes.len();
+        let file = Arc::new(Mapping::from_bytes(bytes));
+        Self { file, range, dtype, rows: values.len() / columns, columns }
+    }
+
     /// The stored bytes, `rows * row_bytes()`.
     pub fn bytes(&self) -> &[u8] {
         &self.file[self.range.clone()]

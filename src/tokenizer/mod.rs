@@ -46,7 +46,7 @@ struct Inner {
     bpe: Bpe,
     /// Control pieces, found in raw text.
     specials: AddedVocabulary,
-    /// User-defined pieces, found in text whose spaces are `▁`.
+    /// User-defined pieces, found in text whose spaces are `▁`; as in SentencePiece, one with a space never is.
     user_defined: AddedVocabulary,
     seams: Seams,
 }
@@ -59,10 +59,8 @@ impl Tokenizer {
     pub fn new(vocab: Vocab) -> Result<Self> {
         vocab.validate()?;
         let bpe = Bpe::new(&vocab)?;
-        let specials = atoms(&vocab, |kind, _| kind.is_special())?;
-        // SentencePiece looks for these in text that has no spaces any more, so one with a space is never found.
-        let user_defined =
-            atoms(&vocab, |kind, piece| kind == PieceType::UserDefined && !piece.contains(' '))?;
+        let specials = atoms(&vocab, PieceType::is_special)?;
+        let user_defined = atoms(&vocab, |kind| kind == PieceType::UserDefined)?;
         let seams = Seams::new(&vocab);
         Ok(Self { inner: Arc::new(Inner { vocab, bpe, specials, user_defined, seams }) })
     }
@@ -226,10 +224,10 @@ impl<'a> Encoder<'a> {
 }
 
 /// The pieces that `wanted` picks, as a vocabulary to cut out of text.
-fn atoms(vocab: &Vocab, wanted: impl Fn(PieceType, &str) -> bool) -> Result<AddedVocabulary> {
+fn atoms(vocab: &Vocab, wanted: impl Fn(PieceType) -> bool) -> Result<AddedVocabulary> {
     let pieces = || {
         let ids = vocab.pieces.iter().zip(0u32..);
-        ids.filter(|(piece, id)| wanted(vocab.types[*id as usize], piece))
+        ids.filter(|(_, id)| wanted(vocab.types[*id as usize]))
     };
     // The added vocabulary asks a model for the ids; this one knows just these pieces.
     let ids = WordLevel::builder()
