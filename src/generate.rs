@@ -33,7 +33,8 @@ pub enum Prompt<'a> {
     /// Token ids. None go on from what the session has read.
     Ids(&'a [u32]),
     /// Text, encoded as a segment of its own; control pieces written in it are plain text. In an empty session
-    /// it starts a document: with the begin id if the vocabulary wants one, or if there is no text.
+    /// it starts a document, with the begin id if the vocabulary wants one. No text starts a document too: where
+    /// the vocabulary wants no begin id, with the end id, as documents follow one another in training.
     Text(&'a str),
 }
 
@@ -287,7 +288,7 @@ impl Session {
                 let start = self.position() == 0;
                 let mut ids = tokenizer.encode(text, start, false)?;
                 if start && ids.is_empty() {
-                    ids.push(tokenizer.bos());
+                    ids.push(tokenizer.eos());
                 }
                 Ok(ids)
             }
@@ -331,9 +332,11 @@ impl Generation<'_> {
     fn advance(&mut self) -> Result<Event> {
         if self.phase == Phase::Prompt {
             let start = Instant::now();
-            let read = self.read_prompt();
+            let whole = self.read_prompt();
             self.stats.prompt_time = start.elapsed();
-            read?;
+            if !whole? {
+                return Ok(Event::Done(self.finish(StopReason::Cancelled)));
+            }
             self.phase = Phase::Tokens;
         }
         let start = Instant::now();
@@ -348,11 +351,14 @@ impl Generation<'_> {
         }
     }
 
-    fn read_prompt(&mut self) -> Result<()> {
+    /// Reads the prompt; false if that was cancelled.
+    fn read_prompt(&mut self) -> Result<bool> {
         let cancel = &self.cancel;
-        self.stats.prompt_tokens = self.session.read_while(&self.unread, || !cancel.is_cancelled())?;
+        let read = self.session.read_while(&self.unread, || !cancel.is_cancelled())?;
+        self.stats.prompt_tokens = read;
+        let whole = read == self.unread.len();
         self.unread.clear();
-        Ok(())
+        Ok(whole)
     }
 
     /// Reads the token given out last and chooses the next, or says why there is none.

@@ -1,10 +1,6 @@
 //! The bytes of a model file: mapped, or read into memory.
 
-use std::{
-    fs::File,
-    ops::Deref,
-    path::Path,
-};
+use std::{fs::File, ops::Deref, path::Path};
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -191,7 +191,9 @@ fn activate(activation: Activation, row: &[f32]) -> Vec<f32> {
 fn lrpe(x: &[f32], theta: Option<&[f32]>, position: u64) -> Vec<f32> {
     let Some(theta) = theta else { return x.to_vec() };
     let turned = |f: fn(f64) -> f64| {
-        x.iter().zip(theta).map(move |(&x, &theta)| (f64::from(x) * f(f64::from(theta) * position as f64)) as f32)
+        x.iter()
+            .zip(theta)
+            .map(move |(&x, &theta)| (f64::from(x) * f(f64::from(theta) * position as f64)) as f32)
     };
     turned(f64::cos).chain(turned(f64::sin)).collect()
 }
@@ -234,7 +236,8 @@ fn parallel(decay: Decay, q: &Rows, k: &Rows, v: &Rows, state: &mut [f32]) -> Ro
         let scores: Vec<f64> = (0..=i).map(|j| dot(q, &k[j]) * decay.power(i - j)).collect();
         let output = |c: usize| {
             let seen: f64 = scores.iter().zip(v).map(|(score, v)| score * f64::from(v[c])).sum();
-            let past: f64 = q.iter().enumerate().map(|(r, q)| f64::from(*q) * f64::from(state[r * d + c])).sum();
+            let past: f64 =
+                q.iter().enumerate().map(|(r, q)| f64::from(*q) * f64::from(state[r * d + c])).sum();
             (seen + decay.power(i + 1) * past) as f32
         };
         (0..d).map(output).collect()

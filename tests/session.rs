@@ -13,7 +13,9 @@ fn ids_outside_the_vocabulary_are_refused_before_anything_changes() {
     session.read(&[3, 4, 5]).unwrap();
     let (state, logits) = (session.state().clone(), session.logits().to_vec());
     for ids in [&[vocab_size][..], &[u32::MAX], &[3, 4, 5, 6, vocab_size]] {
-        for error in [session.read(ids).unwrap_err(), session.read_all(ids, |_, _| panic!("read")).unwrap_err()] {
+        for error in
+            [session.read(ids).unwrap_err(), session.read_all(ids, |_, _| panic!("read")).unwrap_err()]
+        {
             assert_eq!(error.kind(), ErrorKind::InvalidArgument);
             assert!(error.to_string().contains(&vocab_size.to_string()), "{error}");
         }

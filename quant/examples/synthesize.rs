@@ -8,7 +8,10 @@ use tn_quantize::{
     checkpoint::json,
     synthetic::{self, Options, Shape},
 };
-use transnormer::{dtype::DType, error::{Error, Result}};
+use transnormer::{
+    dtype::DType,
+    error::{Error, Result},
+};
 
 /// Writes a checkpoint of reproducible random weights in the official layout.
 #[derive(Debug, Parser)]

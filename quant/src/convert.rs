@@ -92,7 +92,11 @@ impl Fault {
                 format!("element {} is {value}: the checkpoint is damaged", start + index)
             }
             Self::TooLarge(index, value) => {
-                format!("element {} is {value}, too large for {}: use BF16 or F32", start + index, tensor.dtype)
+                format!(
+                    "element {} is {value}, too large for {}: use BF16 or F32",
+                    start + index,
+                    tensor.dtype
+                )
             }
             Self::Other(error) => return error.context(format_args!("tensor {name:?}")),
         };
@@ -138,7 +142,6 @@ fn convert_chunk(
         (1..workers).for_each(|_| drop(scope.spawn(run)));
         run();
     });
-    drop(work);
     fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
@@ -153,8 +156,7 @@ fn convert_piece(
     values.resize(source.len() / tensor.source.dtype.block_bytes() as usize, 0.0);
     checkpoint::decode(tensor.source.dtype, source, values);
     let limit = if matches!(tensor.dtype, DType::F32 | DType::BF16) { f32::MAX } else { F16_MAX };
-    // Written so that NaN counts as beyond the limit.
-    if let Some(index) = values.iter().position(|value| !(value.abs() <= limit)) {
+    if let Some(index) = values.iter().position(|value| value.is_nan() || value.abs() > limit) {
         let (at, value) = (start + index as u64, values[index]);
         return Err(if value.is_finite() { Fault::TooLarge(at, value) } else { Fault::NotFinite(at, value) });
     }

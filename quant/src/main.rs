@@ -4,6 +4,7 @@ mod cli;
 
 use std::{
     fs,
+    io::{self, Write},
     num::NonZero,
     path::Path,
     process::ExitCode,
@@ -17,7 +18,7 @@ use std::{
 
 use clap::Parser;
 use cli::Args;
-use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use tn_quantize::{
     checkpoint::{Checkpoint, tokenizer},
     convert, metadata,
@@ -45,7 +46,9 @@ fn run(args: &Args) -> Result<()> {
     }
     let head = Head::of(&checkpoint)?;
     if head == Head::SeparateAgainstConfig {
-        eprintln!("tn-quantize: warning: config.json ties {HEAD} to the embedding, but their weights differ: both are kept");
+        eprintln!(
+            "tn-quantize: warning: config.json ties {HEAD} to the embedding, but their weights differ: both are kept"
+        );
     }
     let plan = Plan::new(&checkpoint, head, args.preset)?;
     let vocab = tokenizer::read(checkpoint.dir(), checkpoint.config())?;
@@ -59,10 +62,11 @@ fn run(args: &Args) -> Result<()> {
     let progress = progress_bar(convert::source_bytes(&plan));
     let threads = args.threads.map_or_else(default_threads, |threads| usize::from(threads.get()));
     let start = Instant::now();
-    let file_bytes = convert::convert(&checkpoint, &plan, &metadata, out, threads, &progress, &cancel)?;
+    let converted = convert::convert(&checkpoint, &plan, &metadata, out, threads, &progress, &cancel);
     progress.finish_and_clear();
+    let file_bytes = converted?;
     print_report(args, &plan, Some(file_bytes))?;
-    eprintln!("{}: {} in {}", out.display(), HumanBytes(file_bytes), HumanDuration(start.elapsed()));
+    eprintln!("{}: {} in {:.1} s", out.display(), HumanBytes(file_bytes), start.elapsed().as_secs_f64());
     Ok(())
 }
 
@@ -105,10 +109,10 @@ fn default_threads() -> usize {
 }
 
 fn print_report(args: &Args, plan: &Plan, file_bytes: Option<u64>) -> Result<()> {
-    if args.json {
-        println!("{}", report::json(plan, file_bytes));
-    } else {
-        print!("{}", report::table(plan));
+    let text = if args.json { format!("{}\n", report::json(plan, file_bytes)) } else { report::table(plan) };
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader has seen enough, as `head` has after ten lines.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.map_err(|source| Error::io(Path::new("standard output"), source)),
     }
-    Ok(())
 }

@@ -128,7 +128,10 @@ mod tests {
         for (shape, expected) in counts {
             let config = synthetic::config(&shape.config_json()).unwrap();
             let count = |separate_head| -> u64 {
-                model_tensors(&config, separate_head).iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum()
+                model_tensors(&config, separate_head)
+                    .iter()
+                    .map(|tensor| tensor.shape.iter().product::<u64>())
+                    .sum()
             };
             assert_eq!([count(false), count(true)], expected, "{shape:?}");
         }

@@ -97,13 +97,22 @@ impl Plan {
                 let shape = tensor.target_shape();
                 let wanted = preset.wanted(tensor.role, tensor.layer, config.layers);
                 let dtype = policy::fitting(wanted, shape[0]);
-                let row_bytes = dtype.row_bytes(shape[0]).expect("fitting returns a type whose blocks divide the row");
+                let row_bytes =
+                    dtype.row_bytes(shape[0]).expect("fitting returns a type whose blocks divide the row");
                 let bytes = row_bytes * (source.elements / shape[0]);
-                Ok(PlannedTensor { source: source.clone(), name: tensor.target.clone(), shape, wanted, dtype, bytes })
+                Ok(PlannedTensor {
+                    source: source.clone(),
+                    name: tensor.target.clone(),
+                    shape,
+                    wanted,
+                    dtype,
+                    bytes,
+                })
             })
             .collect();
+        let tensors = tensors?;
         refuse_unexpected(checkpoint, &expected)?;
-        Ok(Self { preset, tensors: tensors?, head })
+        Ok(Self { preset, tensors, head })
     }
 
     /// Number of parameters.
@@ -142,7 +151,10 @@ fn find<'a>(checkpoint: &'a Checkpoint, expected: &ModelTensor) -> Result<&'a So
         let file = checkpoint.files()[found.file].path().display();
         return Err(Error::new(
             ErrorKind::Model,
-            format_args!("{file}: tensor {name:?} has shape {:?}, config.json calls for {shape:?}", found.shape),
+            format_args!(
+                "{file}: tensor {name:?} has shape {:?}, config.json calls for {shape:?}",
+                found.shape
+            ),
         ));
     }
     Ok(found)

@@ -98,7 +98,7 @@ impl fmt::Display for Preset {
 /// whole blocks of it.
 pub fn fitting(wanted: DType, row_len: u64) -> DType {
     let mut dtype = wanted;
-    while row_len % dtype.block_len() != 0 {
+    while !row_len.is_multiple_of(dtype.block_len()) {
         dtype = fallback(dtype);
     }
     dtype

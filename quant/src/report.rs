@@ -9,7 +9,8 @@ use crate::plan::{Plan, PlannedTensor};
 /// The table of all tensors, with totals.
 pub fn table(plan: &Plan) -> String {
     let shapes: Vec<String> = plan.tensors.iter().map(shape).collect();
-    let name_width = plan.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0).max("tensor".len());
+    let name_width =
+        plan.tensors.iter().map(|tensor| tensor.name.len()).max().unwrap_or(0).max("tensor".len());
     let shape_width = shapes.iter().map(String::len).max().unwrap_or(0).max("shape".len());
     let mut text = format!(
         "{:name_width$}  {:>shape_width$}  {:4}  {:4}  {:>13}\n",
@@ -19,7 +20,10 @@ pub fn table(plan: &Plan) -> String {
         let PlannedTensor { name, source, dtype, bytes, .. } = tensor;
         let note = fallback_note(tensor).map(|note| format!("  {note}")).unwrap_or_default();
         let from = source.dtype;
-        let _ = writeln!(text, "{name:name_width$}  {shape:>shape_width$}  {from:4}  {dtype:4}  {bytes:>13}{note}");
+        let _ = writeln!(
+            text,
+            "{name:name_width$}  {shape:>shape_width$}  {from:4}  {dtype:4}  {bytes:>13}{note}"
+        );
     }
     let _ = writeln!(
         text,

@@ -104,7 +104,10 @@ impl Default for Options {
 pub fn write_checkpoint(dir: &Path, config_json: &Value, options: &Options) -> Result<()> {
     let config = config(config_json)?;
     if !matches!(options.dtype, DType::F32 | DType::F16 | DType::BF16) {
-        return Err(Error::new(ErrorKind::InvalidArgument, format_args!("no checkpoint has {} elements", options.dtype)));
+        return Err(Error::new(
+            ErrorKind::InvalidArgument,
+            format_args!("no checkpoint has {} elements", options.dtype),
+        ));
     }
     fs::create_dir_all(dir).map_err(|source| Error::io(dir, source))?;
     write_file(&dir.join("config.json"), format!("{config_json:#}\n").as_bytes())?;
@@ -161,7 +164,9 @@ pub fn tokenizer_model(vocab_size: u32) -> Vec<u8> {
         pieces.extend((0..=255).map(|byte: u8| piece(format!("<0x{byte:02X}>"), 0.0, PieceType::Byte)));
     }
     let words = words(vocab_size.saturating_sub(pieces.len()));
-    pieces.extend(words.into_iter().enumerate().map(|(rank, word)| piece(word, -(rank as f32), PieceType::Normal)));
+    pieces.extend(
+        words.into_iter().enumerate().map(|(rank, word)| piece(word, -(rank as f32), PieceType::Normal)),
+    );
     pieces.truncate(vocab_size);
     let trainer_spec =
         TrainerSpec { model_type: Some(2), byte_fallback: Some(byte_fallback), ..TrainerSpec::default() };
@@ -186,7 +191,8 @@ fn words(count: usize) -> Vec<String> {
     let mut words = alphabet.clone();
     let mut parent = 0;
     while words.len() < count {
-        let longer: Vec<String> = alphabet[1..].iter().map(|letter| format!("{}{letter}", words[parent])).collect();
+        let longer: Vec<String> =
+            alphabet[1..].iter().map(|letter| format!("{}{letter}", words[parent])).collect();
         words.extend(longer);
         parent += 1;
     }
@@ -296,7 +302,8 @@ fn write_safetensors(path: &Path, tensors: &[ModelTensor], config: &Config, opti
     for tensor in tensors {
         let start = end;
         end += byte_len(tensor, options);
-        let entry = json!({ "dtype": options.dtype.name(), "shape": tensor.shape, "data_offsets": [start, end] });
+        let entry =
+            json!({ "dtype": options.dtype.name(), "shape": tensor.shape, "data_offsets": [start, end] });
         header.insert(tensor.source.clone(), entry);
     }
     let mut header = Value::Object(header).to_string();

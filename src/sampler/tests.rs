@@ -6,14 +6,7 @@ fn sampler(options: SamplerOptions) -> Sampler {
 
 /// No step but the draw.
 fn plain() -> SamplerOptions {
-    SamplerOptions {
-        temperature: 1.0,
-        top_k: 0,
-        top_p: 1.0,
-        min_p: 0.0,
-        seed: Some(1),
-        ..Default::default()
-    }
+    SamplerOptions { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, seed: Some(1), ..Default::default() }
 }
 
 fn frequencies(options: SamplerOptions, logits: &[f32], draws: usize) -> Vec<f64> {
@@ -120,9 +113,10 @@ fn seeds_and_states_repeat() {
     assert_eq!(draw(&mut other), next);
     assert!(other.set_state([0; 4]).is_err());
     let random = sampler(SamplerOptions { seed: None, ..plain() });
-    assert_eq!(draw(&mut sampler(SamplerOptions { seed: Some(random.seed()), ..plain() })), draw(&mut {
-        random
-    }));
+    assert_eq!(
+        draw(&mut sampler(SamplerOptions { seed: Some(random.seed()), ..plain() })),
+        draw(&mut { random })
+    );
 }
 
 #[test]

@@ -236,7 +236,10 @@ mod tests {
         assert_eq!((config.heads, config.head_dim(), config.glu_dim), (8, 128, 2816));
         assert_eq!((config.activation, config.scale_embedding, config.bias), (Activation::Silu, true, false));
         assert!(config.tie_word_embeddings);
-        assert_eq!((config.pad_token_id, config.bos_token_id, config.eos_token_id), (Some(0), Some(1), Some(2)));
+        assert_eq!(
+            (config.pad_token_id, config.bos_token_id, config.eos_token_id),
+            (Some(0), Some(1), Some(2))
+        );
     }
 
     #[test]
@@ -265,7 +268,10 @@ mod tests {
     fn refuses_wrong_types_and_contradictions() {
         for (text, expected) in [
             ("{}".to_owned(), "linear_use_lrpe_list is missing"),
-            (tiny("\"vocab_size\": \"many\""), "vocab_size must be a whole number from 1 to 1048576, found \"many\""),
+            (
+                tiny("\"vocab_size\": \"many\""),
+                "vocab_size must be a whole number from 1 to 1048576, found \"many\"",
+            ),
             (tiny("\"vocab_size\": 1e9"), "vocab_size must be"),
             (tiny("\"vocab_size\": 0"), "vocab_size must be"),
             (tiny("\"decoder_embed_dim\": 18446744073709551615"), "decoder_embed_dim must be"),

@@ -110,7 +110,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Checkpoint::read_bytes`].
-    pub fn read_f32(&self, tensor: &SourceTensor, range: Range<u64>, scratch: &mut Vec<u8>) -> Result<Vec<f32>> {
+    pub fn read_f32(
+        &self,
+        tensor: &SourceTensor,
+        range: Range<u64>,
+        scratch: &mut Vec<u8>,
+    ) -> Result<Vec<f32>> {
         self.read_bytes(tensor, range, scratch)?;
         let mut values = vec![0.0; scratch.len() / tensor.dtype.block_bytes() as usize];
         decode(tensor.dtype, scratch, &mut values);
@@ -274,7 +279,8 @@ mod tests {
         for name in ["model-00001-of-00003.safetensors", "pytorch_model-1.bin"] {
             assert!(is_plain_file_name(name), "{name}");
         }
-        for name in ["", ".", "..", "../x.bin", "/etc/passwd", "a/b", "a\\b", "C:x", "a\0b", ".hidden", "a\n"] {
+        for name in ["", ".", "..", "../x.bin", "/etc/passwd", "a/b", "a\\b", "C:x", "a\0b", ".hidden", "a\n"]
+        {
             assert!(!is_plain_file_name(name), "{name:?}");
         }
     }

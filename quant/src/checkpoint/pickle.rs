@@ -250,7 +250,9 @@ impl<'a> Machine<'a> {
     }
 
     fn call(&mut self) -> Result<()> {
-        let [function, arguments] = self.pop_many(2)?[..] else { return Err(invalid("a call without function")) };
+        let [function, arguments] = self.pop_many(2)?[..] else {
+            return Err(invalid("a call without function"));
+        };
         let Value::Tuple(arguments) = arguments else { return Err(invalid("a call without arguments")) };
         // Taken, not copied: a hostile pickle could call a million times with the same million arguments.
         let arguments = std::mem::take(&mut self.tuples[arguments]);
@@ -267,7 +269,8 @@ impl<'a> Machine<'a> {
 
     /// `(storage, offset, shape, strides, …)`; what follows are gradient flags and hooks, without meaning here.
     fn rebuild_tensor(&mut self, arguments: &[Value<'a>]) -> Result<()> {
-        let &[Value::Storage(storage), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..] = arguments
+        let &[Value::Storage(storage), Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..] =
+            arguments
         else {
             return Err(invalid("a tensor with arguments that torch.save does not write"));
         };
@@ -278,7 +281,14 @@ impl<'a> Machine<'a> {
             return Err(invalid("a tensor whose shape and strides differ in length"));
         }
         self.stack.push(Value::Tensor(self.tensors.len()));
-        self.tensors.push(PickledTensor { storage_key: key.to_owned(), dtype, storage_len, offset, shape, strides });
+        self.tensors.push(PickledTensor {
+            storage_key: key.to_owned(),
+            dtype,
+            storage_len,
+            offset,
+            shape,
+            strides,
+        });
         Ok(())
     }
 
@@ -306,9 +316,16 @@ impl<'a> Machine<'a> {
 
     /// `('storage', type, key, device, elements)`.
     fn persistent_id(&mut self) -> Result<()> {
-        let Value::Tuple(id) = self.pop()? else { return Err(invalid("a persistent id that is not a tuple")) };
-        let &[Value::Text("storage"), Value::Global(Global::Storage(dtype)), Value::Text(key), _, Value::Int(len)] =
-            &self.tuples[id][..]
+        let Value::Tuple(id) = self.pop()? else {
+            return Err(invalid("a persistent id that is not a tuple"));
+        };
+        let &[
+            Value::Text("storage"),
+            Value::Global(Global::Storage(dtype)),
+            Value::Text(key),
+            _,
+            Value::Int(len),
+        ] = &self.tuples[id][..]
         else {
             return Err(invalid("a persistent id that is not a tensor storage"));
         };
@@ -436,7 +453,8 @@ mod tests {
 
     #[test]
     fn reads_a_state_dictionary() {
-        let items = [tensor("a", "FloatStorage", [2, 3], [3, 1]), tensor("b", "BFloat16Storage", [3, 2], [1, 3])];
+        let items =
+            [tensor("a", "FloatStorage", [2, 3], [3, 1]), tensor("b", "BFloat16Storage", [3, 2], [1, 3])];
         let tensors = state_dict(&dict(&items.concat())).unwrap();
         assert_eq!(tensors.len(), 2);
         let (name, a) = &tensors[0];
@@ -447,7 +465,9 @@ mod tests {
 
     #[test]
     fn code_is_refused_by_name() {
-        for (module, name) in [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "x")] {
+        for (module, name) in
+            [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch._utils", "x")]
+        {
             let call = format!("c{module}\n{name}\n(");
             let code = [&b"\x80\x02"[..], call.as_bytes(), &text("true"), b"tR."].concat();
             let error = state_dict(&code).unwrap_err();

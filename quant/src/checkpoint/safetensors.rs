@@ -44,11 +44,15 @@ pub fn read(file: &SourceFile, index: usize) -> Result<Vec<SourceTensor>> {
         .map(|name| {
             let info = metadata.info(&name).expect("offset_keys lists the names of the header");
             let dtype = element_type(info.dtype).ok_or_else(|| {
-                file.error(format_args!("tensor {name:?} has {:?} elements, not F32, F16 or BF16", info.dtype))
+                file.error(format_args!(
+                    "tensor {name:?} has {:?} elements, not F32, F16 or BF16",
+                    info.dtype
+                ))
             })?;
             let shape: Vec<u64> = info.shape.iter().map(|&dim| dim as u64).collect();
-            let elements = element_count(&shape, dtype)
-                .ok_or_else(|| file.error(format_args!("tensor {name:?} has an impossible shape {shape:?}")))?;
+            let elements = element_count(&shape, dtype).ok_or_else(|| {
+                file.error(format_args!("tensor {name:?} has an impossible shape {shape:?}"))
+            })?;
             let offset = data_start + info.data_offsets.0 as u64;
             Ok(SourceTensor { name, shape, dtype, file: index, offset, elements })
         })
@@ -96,7 +100,9 @@ mod tests {
 
     #[test]
     fn refuses_damaged_headers() {
-        let one = |offsets: &str| format!("{{\"a\": {{\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": {offsets}}}}}");
+        let one = |offsets: &str| {
+            format!("{{\"a\": {{\"dtype\": \"F32\", \"shape\": [1], \"data_offsets\": {offsets}}}}}")
+        };
         let twice = r#"{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
             "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
         for (bytes, expected) in [

@@ -64,7 +64,8 @@ fn read_settings(vocab: &mut Vocab, dir: &Path, vocab_size: u32) -> Result<()> {
     if let Some(map) = read_optional(&path)? {
         let fields = Fields { path: &path, map: &map };
         // A list means "any of these ends"; GGUF holds one, by convention the first.
-        let eos = fields.get("eos_token_id").map(|eos| eos.as_array().and_then(|ids| ids.first()).unwrap_or(eos));
+        let eos =
+            fields.get("eos_token_id").map(|eos| eos.as_array().and_then(|ids| ids.first()).unwrap_or(eos));
         if let Some(eos) = eos {
             vocab.eos = fields.token_id_value("eos_token_id", eos, vocab_size)?;
         }
@@ -188,7 +189,8 @@ impl ModelProto {
                 "{count} pieces, config.json has vocab_size {vocab_size}: they do not belong together"
             )));
         }
-        let kinds: Result<Vec<_>> = self.pieces.iter().map(|entry| PieceType::from_gguf(entry.kind())).collect();
+        let kinds: Result<Vec<_>> =
+            self.pieces.iter().map(|entry| PieceType::from_gguf(entry.kind())).collect();
         let id = |number: i32| u32::try_from(number).unwrap_or(u32::MAX);
         let mut vocab = Vocab {
             pieces: self.pieces.iter().map(|entry| entry.piece().to_owned()).collect(),
@@ -209,11 +211,15 @@ impl ModelProto {
     /// Refuses rules that the engine does not follow: it would produce other tokens without a word.
     fn check_rules(&self, trainer: &TrainerSpec) -> Result<()> {
         let normalizer = self.normalizer_spec.clone().unwrap_or_default();
-        let denormalizes = self.denormalizer_spec.as_ref().is_some_and(|spec| !spec.precompiled_charsmap().is_empty());
+        let denormalizes =
+            self.denormalizer_spec.as_ref().is_some_and(|spec| !spec.precompiled_charsmap().is_empty());
         let byte_pieces = self.pieces.iter().filter(|entry| entry.kind() == PieceType::Byte as i32).count();
         let rules = [
             (trainer.model_type() == MODEL_TYPE_BPE, "model_type is not BPE"),
-            (byte_pieces == if trainer.byte_fallback() { 256 } else { 0 }, "byte_fallback and byte pieces disagree"),
+            (
+                byte_pieces == if trainer.byte_fallback() { 256 } else { 0 },
+                "byte_fallback and byte pieces disagree",
+            ),
             (!trainer.treat_whitespace_as_suffix(), "treat_whitespace_as_suffix is on"),
             (normalizer.precompiled_charsmap().is_empty(), "the normalizer is not identity"),
             (!normalizer.remove_extra_whitespaces(), "remove_extra_whitespaces is on"),
@@ -271,7 +277,9 @@ mod tests {
     fn config(vocab_size: u32) -> Config {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
-        let text = format!("{{\"vocab_size\": {vocab_size}, \"decoder_layers\": 2, \"linear_use_lrpe_list\": [0, 0]}}");
+        let text = format!(
+            "{{\"vocab_size\": {vocab_size}, \"decoder_layers\": 2, \"linear_use_lrpe_list\": [0, 0]}}"
+        );
         std::fs::write(&path, text).unwrap();
         Config::read(&path).unwrap()
     }
@@ -308,13 +316,26 @@ mod tests {
         let vocab = read_model(&model(), 261, &settings).unwrap();
         assert!(vocab.add_bos);
         assert_eq!((vocab.eos, vocab.chat_template.as_deref()), (1, Some("{{ messages }}")));
-        let named = r#"{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        let named =
+            r#"{"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}"#;
         let vocab = read_model(&model(), 261, &[("tokenizer_config.json", named)]).unwrap();
         assert_eq!(vocab.chat_template.as_deref(), Some("d"));
         for (name, text, expected) in [
-            ("tokenizer_config.json", r#"{"add_bos_token": "yes"}"#, "tokenizer_config.json: add_bos_token must be"),
-            ("tokenizer_config.json", r#"{"chat_template": 3}"#, "tokenizer_config.json: chat_template must be"),
-            ("generation_config.json", r#"{"eos_token_id": 261}"#, "generation_config.json: eos_token_id must be"),
+            (
+                "tokenizer_config.json",
+                r#"{"add_bos_token": "yes"}"#,
+                "tokenizer_config.json: add_bos_token must be",
+            ),
+            (
+                "tokenizer_config.json",
+                r#"{"chat_template": 3}"#,
+                "tokenizer_config.json: chat_template must be",
+            ),
+            (
+                "generation_config.json",
+                r#"{"eos_token_id": 261}"#,
+                "generation_config.json: eos_token_id must be",
+            ),
             ("generation_config.json", "[]", "generation_config.json: invalid JSON"),
         ] {
             let error = read_model(&model(), 261, &[(name, text)]).unwrap_err().to_string();
@@ -327,12 +348,21 @@ mod tests {
         type Break = fn(&mut ModelProto);
         let cases: [(Break, &str); 15] = [
             (|m| m.trainer_spec = None, "model_type is not BPE"),
-            (|m| m.trainer_spec.as_mut().unwrap().byte_fallback = None, "byte_fallback and byte pieces disagree"),
+            (
+                |m| m.trainer_spec.as_mut().unwrap().byte_fallback = None,
+                "byte_fallback and byte pieces disagree",
+            ),
             (|m| m.trainer_spec.as_mut().unwrap().treat_whitespace_as_suffix = Some(true), "suffix is on"),
             (|m| m.trainer_spec.as_mut().unwrap().unk_id = Some(-1), "unknown"),
             (|m| m.trainer_spec.as_mut().unwrap().unk_id = Some(1), "unknown"),
-            (|m| m.normalizer_spec.as_mut().unwrap().precompiled_charsmap = Some(vec![1]), "normalizer is not identity"),
-            (|m| m.normalizer_spec.as_mut().unwrap().escape_whitespaces = Some(false), "escape_whitespaces is off"),
+            (
+                |m| m.normalizer_spec.as_mut().unwrap().precompiled_charsmap = Some(vec![1]),
+                "normalizer is not identity",
+            ),
+            (
+                |m| m.normalizer_spec.as_mut().unwrap().escape_whitespaces = Some(false),
+                "escape_whitespaces is off",
+            ),
             (|m| m.normalizer_spec = None, "remove_extra_whitespaces is on"),
             (|m| m.denormalizer_spec = m.normalizer_spec.clone(), ""),
             (|m| m.pieces[260].piece = Some(String::new()), "piece 260 has 0 bytes"),
@@ -351,7 +381,10 @@ mod tests {
             }
             let error = read_model(&model, 261, &[]).expect_err(expected);
             assert_eq!(error.kind(), ErrorKind::Tokenizer);
-            assert!(error.to_string().contains("tokenizer.model: ") && error.to_string().contains(expected), "{error}");
+            assert!(
+                error.to_string().contains("tokenizer.model: ") && error.to_string().contains(expected),
+                "{error}"
+            );
         }
         let error = read_model(&model(), 260, &[]).unwrap_err().to_string();
         assert!(error.contains("261 pieces, config.json has vocab_size 260"), "{error}");
@@ -365,7 +398,9 @@ mod tests {
         let mut bytes = model().encode_to_vec();
         let at = bytes.windows(5).position(|window| window == b"<unk>").unwrap();
         bytes[at] = 0xff;
-        for (bytes, expected) in [(&bytes[..], "UTF-8"), (&bytes[..at], "not a SentencePiece model"), (b"\xff\xff", "not a")] {
+        for (bytes, expected) in
+            [(&bytes[..], "UTF-8"), (&bytes[..at], "not a SentencePiece model"), (b"\xff\xff", "not a")]
+        {
             std::fs::write(dir.path().join(MODEL_FILE), bytes).unwrap();
             let error = read(dir.path(), &config(261)).unwrap_err().to_string();
             assert!(error.contains(expected) && !error.contains('\n'), "{error}");

@@ -24,18 +24,20 @@ pub fn read(file: &SourceFile, index: usize) -> Result<Vec<SourceTensor>> {
     let entries = zip::read(file)?;
     let prefix = archive_prefix(file, &entries)?;
     let entry = |name: &str| entries.get(&format!("{prefix}{name}"));
-    if let Some(order) = entry("byteorder") {
-        if order.len != 6 || file.read_vec_at(order.offset, order.len)? != b"little" {
-            return Err(file.error("byteorder is not \"little\": save the checkpoint on a little-endian machine"));
-        }
+    if let Some(order) = entry("byteorder")
+        && (order.len != 6 || file.read_vec_at(order.offset, order.len)? != b"little")
+    {
+        return Err(file.error("byteorder is not \"little\": save the checkpoint on a little-endian machine"));
     }
     let pickle = entry("data.pkl").expect("archive_prefix found data.pkl");
     if pickle.len > MAX_PICKLE {
-        return Err(file.error(format_args!("data.pkl has {} bytes, more than {MAX_PICKLE} allowed", pickle.len)));
+        return Err(
+            file.error(format_args!("data.pkl has {} bytes, more than {MAX_PICKLE} allowed", pickle.len))
+        );
     }
     let code = file.read_vec_at(pickle.offset, pickle.len)?;
-    let tensors =
-        pickle::state_dict(&code).map_err(|error| error.context(format_args!("{}: data.pkl", file.path().display())))?;
+    let tensors = pickle::state_dict(&code)
+        .map_err(|error| error.context(format_args!("{}: data.pkl", file.path().display())))?;
     tensors
         .into_iter()
         .map(|(name, tensor)| {
@@ -81,7 +83,8 @@ fn archive_prefix<'a>(file: &SourceFile, entries: &'a HashMap<String, Entry>) ->
 fn locate(tensor: &PickledTensor, storage: Option<&Entry>) -> Result<(u64, u64), String> {
     let PickledTensor { storage_key, dtype, storage_len, offset, shape, strides } = tensor;
     let storage = storage.ok_or_else(|| format!("has no storage: entry data/{storage_key:?} is missing"))?;
-    let elements = element_count(shape, *dtype).ok_or_else(|| format!("has an impossible shape {shape:?}"))?;
+    let elements =
+        element_count(shape, *dtype).ok_or_else(|| format!("has an impossible shape {shape:?}"))?;
     if !is_contiguous(shape, strides) {
         return Err(format!("is not contiguous (strides {strides:?}): save it with .contiguous()"));
     }
@@ -137,7 +140,11 @@ mod tests {
         assert!(locate(&beyond, Some(&storage)).unwrap_err().contains("beyond its storage"));
         let overflow = PickledTensor { offset: u64::MAX, ..tensor.clone() };
         assert!(locate(&overflow, Some(&storage)).unwrap_err().contains("beyond its storage"));
-        assert!(locate(&tensor, Some(&Entry { offset: 100, len: 19 })).unwrap_err().contains("19 bytes of storage"));
+        assert!(
+            locate(&tensor, Some(&Entry { offset: 100, len: 19 }))
+                .unwrap_err()
+                .contains("19 bytes of storage")
+        );
         assert!(locate(&tensor, None).unwrap_err().contains("data/\"0\" is missing"));
         let transposed = PickledTensor { strides: vec![1, 2], ..tensor };
         assert!(locate(&transposed, Some(&storage)).unwrap_err().contains("not contiguous"));
@@ -153,7 +160,10 @@ mod tests {
             (zip_with(&[("a/b", b"")], |_, _| {}), "no data.pkl"),
             (zip_with(&[("a/data.pkl", b""), ("b/data.pkl", b"")], |_, _| {}), "more than one data.pkl"),
             (zip_with(&[("a/data.pkl", b""), ("a/byteorder", b"big")], |_, _| {}), "byteorder is not"),
-            (zip_with(&[("a/data.pkl", b"\x80\x02cos\nsystem\n.")], |_, _| {}), "data.pkl: refused: the pickle calls \"os.system\""),
+            (
+                zip_with(&[("a/data.pkl", b"\x80\x02cos\nsystem\n.")], |_, _| {}),
+                "data.pkl: refused: the pickle calls \"os.system\"",
+            ),
         ] {
             std::fs::write(&path, bytes).unwrap();
             let error = read(&SourceFile::open(&path).unwrap(), 0).unwrap_err().to_string();

@@ -61,7 +61,8 @@ pub fn read(file: &SourceFile) -> Result<HashMap<String, Entry>> {
 
 /// Number of entries, offset and length of the table of contents.
 fn locate_central_directory(file: &SourceFile) -> Result<(u64, u64, u64)> {
-    let missing = || file.error("no zip table of contents at the end: the file is cut off, download it again");
+    let missing =
+        || file.error("no zip table of contents at the end: the file is cut off, download it again");
     // The end record is last, followed only by a comment of up to 65,535 bytes.
     let tail_len = file.size().min(END_LEN + u64::from(u16::MAX));
     let tail_start = file.size() - tail_len;
@@ -117,8 +118,7 @@ struct Central<'a> {
 }
 
 fn read_entry(file: &SourceFile, table: &mut Bytes<'_>) -> Result<(String, Entry)> {
-    let central =
-        parse_central(table).ok_or_else(|| file.error("invalid zip: damaged table of contents"))?;
+    let central = parse_central(table).ok_or_else(|| file.error("invalid zip: damaged table of contents"))?;
     let name = std::str::from_utf8(central.name)
         .ok()
         .filter(|name| !name.starts_with('/') && !name.split(['/', '\\']).any(|part| part == ".."))
@@ -285,6 +285,20 @@ mod tests {
             }
         });
         assert_eq!(read_bytes(&zip).unwrap()["a/y"].len, 6);
+    }
+
+    #[test]
+    fn reads_the_64_bit_end_record() {
+        let zip = zip_with(&TWO, |_, _| {});
+        let (body, end) = zip.split_at(zip.len() - END_LEN as usize);
+        let wide = |field: &[u8]| u64::from(u32::from_le_bytes(field.try_into().unwrap())).to_le_bytes();
+        let (table_len, table_at) = (wide(&end[12..16]), wide(&end[16..20]));
+        let end64 = [b"PK\x06\x06", &[0; 28][..], &2_u64.to_le_bytes(), &table_len, &table_at].concat();
+        let locator = [b"PK\x06\x07", &[0; 4][..], &(body.len() as u64).to_le_bytes(), &[0; 4]].concat();
+        let end = [b"PK\x05\x06", &[0xff; 16][..], &[0; 2]].concat();
+        assert_eq!(read_bytes(&[body, &end64, &locator, &end].concat()).unwrap(), read_bytes(&zip).unwrap());
+        let damaged = read_bytes(&[body, &[0; 56], &locator, &end].concat()).unwrap_err();
+        assert!(damaged.to_string().contains("64-bit end record"), "{damaged}");
     }
 
     #[test]

@@ -118,15 +118,22 @@ mod tests {
         for r in 0..rows {
             weights.row(r, &mut row);
             for t in 0..tokens {
-                let products = || row.iter().zip(&seen[t * columns..]).map(|(&w, &x)| f64::from(w) * f64::from(x));
+                let products =
+                    || row.iter().zip(&seen[t * columns..]).map(|(&w, &x)| f64::from(w) * f64::from(x));
                 let (expected, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
                 let got = f64::from(y[t * (rows + 1) + r]);
                 let error = (got - expected).abs();
-                assert!(error <= 2e-6 * size, "{dtype} {isa} {columns}x{rows}, token {t} of {tokens}, row {r}: {got}, not {expected}");
+                assert!(
+                    error <= 2e-6 * size,
+                    "{dtype} {isa} {columns}x{rows}, token {t} of {tokens}, row {r}: {got}, not {expected}"
+                );
             }
         }
         for (i, value) in y.iter().enumerate() {
-            assert!(i % (rows + 1) < rows && i / (rows + 1) < tokens || *value == 7.0, "{dtype} {isa}: wrote past the end");
+            assert!(
+                i % (rows + 1) < rows && i / (rows + 1) < tokens || *value == 7.0,
+                "{dtype} {isa}: wrote past the end"
+            );
         }
     }
 

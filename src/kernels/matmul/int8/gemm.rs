@@ -50,7 +50,13 @@ pub(super) unsafe fn multiply(
 ) {
     let columns = weights.columns;
     // Panel, scales, offsets, rows before they are transposed, and results of a row tail.
-    let sizes = [columns * ROWS / 4, columns / 16 * ROWS, columns / 16 * ROWS, columns * ROWS / 4, ROWS * inputs.tokens];
+    let sizes = [
+        columns * ROWS / 4,
+        columns / 16 * ROWS,
+        columns / 16 * ROWS,
+        columns * ROWS / 4,
+        ROWS * inputs.tokens,
+    ];
     let total: usize = sizes.iter().sum::<usize>() + 16;
     if scratch.len() < total {
         scratch.resize(total, 0.0);
@@ -66,7 +72,8 @@ pub(super) unsafe fn multiply(
         for first in range.clone().step_by(ROWS) {
             let count = ROWS.min(range.end - first);
             let source = weights.bytes()[first * weights.row_bytes()..].as_ptr();
-            let mut panel = Panel { quants: quants.cast(), scales, offsets, columns, group: 0, signed: false };
+            let mut panel =
+                Panel { quants: quants.cast(), scales, offsets, columns, group: 0, signed: false };
             pack(isa, weights.dtype, source, weights.row_bytes(), count, &mut panel, rows.cast());
             if count == ROWS {
                 let outputs = Outputs { data: outputs.data.wrapping_add(first), ..outputs };
@@ -117,7 +124,8 @@ unsafe fn pack_of<S: Simd>(
         let lines = panel.quants.cast::<u32>();
         for quad in 0..panel.columns / 4 {
             for r in 0..ROWS {
-                *lines.add(quad * ROWS + r) = rows.add(r * panel.columns).cast::<u32>().add(quad).read_unaligned();
+                *lines.add(quad * ROWS + r) =
+                    rows.add(r * panel.columns).cast::<u32>().add(quad).read_unaligned();
             }
         }
     }
@@ -194,7 +202,8 @@ unsafe fn multiply_portable_of<S: Simd>(panel: &Panel, inputs: &Inputs, outputs:
                     let line = std::slice::from_raw_parts(panel.quants.add(quad * 4 * ROWS), 4 * ROWS);
                     let x = x.quants.add(4 * quad);
                     for (r, dot) in dots.iter_mut().enumerate() {
-                        *dot += (0..4).map(|i| i32::from(line[4 * r + i]) * i32::from(*x.add(i))).sum::<i32>();
+                        *dot +=
+                            (0..4).map(|i| i32::from(line[4 * r + i]) * i32::from(*x.add(i))).sum::<i32>();
                     }
                 }
                 let (scale, sum) = scale_and_sum(&x, g, panel.group);
@@ -229,7 +238,11 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    pub(super) unsafe fn multiply_avx512_vnni<const G: usize>(panel: &Panel, inputs: &Inputs, outputs: &Outputs) {
+    pub(super) unsafe fn multiply_avx512_vnni<const G: usize>(
+        panel: &Panel,
+        inputs: &Inputs,
+        outputs: &Outputs,
+    ) {
         // SAFETY: the caller's promise.
         unsafe { over_tokens!(panel, inputs, outputs, G, tokens_avx512_vnni, [12, 4, 1]) }
     }
@@ -237,11 +250,16 @@ mod x86 {
     /// `N` tokens: one accumulator of 16 rows each for the integers of a group and for the result.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn tokens_avx512_vnni<const G: usize, const N: usize>(panel: &Panel, inputs: &Inputs, outputs: &Outputs) {
+    unsafe fn tokens_avx512_vnni<const G: usize, const N: usize>(
+        panel: &Panel,
+        inputs: &Inputs,
+        outputs: &Outputs,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let x: [Operand; N] =
-                std::array::from_fn(|t| Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes())));
+            let x: [Operand; N] = std::array::from_fn(|t| {
+                Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes()))
+            });
             let flip = _mm512_set1_epi8(if panel.signed { i8::MIN } else { 0 });
             let correction = _mm512_set1_ps(if panel.signed { -128.0 } else { 0.0 });
             let mut sums = [_mm512_setzero_ps(); N];
@@ -256,7 +274,8 @@ mod x86 {
                     }
                 }
                 let scales = _mm512_loadu_ps(panel.scales.add(g * ROWS));
-                let offsets = _mm512_fmadd_ps(scales, correction, _mm512_loadu_ps(panel.offsets.add(g * ROWS)));
+                let offsets =
+                    _mm512_fmadd_ps(scales, correction, _mm512_loadu_ps(panel.offsets.add(g * ROWS)));
                 for t in 0..N {
                     let (scale, sum) = scale_and_sum(&x[t], g, G);
                     let scale = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
@@ -282,8 +301,9 @@ mod x86 {
     unsafe fn tokens_avx2<const G: usize, const N: usize>(panel: &Panel, inputs: &Inputs, outputs: &Outputs) {
         // SAFETY: the caller's promise.
         unsafe {
-            let x: [Operand; N] =
-                std::array::from_fn(|t| Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes())));
+            let x: [Operand; N] = std::array::from_fn(|t| {
+                Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes()))
+            });
             let ones = _mm256_set1_epi16(1);
             for half in 0..2 {
                 let mut sums = [_mm256_setzero_ps(); N];
@@ -295,7 +315,8 @@ mod x86 {
                         // |w| · (x with w's sign) stays below 2 · 127².
                         let magnitude = _mm256_abs_epi8(w);
                         for t in 0..N {
-                            let x = _mm256_set1_epi32(x[t].quants.add(4 * quad).cast::<i32>().read_unaligned());
+                            let x =
+                                _mm256_set1_epi32(x[t].quants.add(4 * quad).cast::<i32>().read_unaligned());
                             let x = if panel.signed { _mm256_sign_epi8(x, w) } else { x };
                             let pairs = _mm256_maddubs_epi16(magnitude, x);
                             dots[t] = _mm256_add_epi32(dots[t], _mm256_madd_epi16(pairs, ones));
@@ -362,8 +383,9 @@ mod arm {
     unsafe fn tokens_dot<const G: usize, const N: usize>(panel: &Panel, inputs: &Inputs, outputs: &Outputs) {
         // SAFETY: the caller's promise.
         unsafe {
-            let x: [Operand; N] =
-                std::array::from_fn(|t| Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes())));
+            let x: [Operand; N] = std::array::from_fn(|t| {
+                Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes()))
+            });
             for half in 0..2 {
                 let mut sums = [[vdupq_n_f32(0.0); 2]; N];
                 for g in 0..panel.columns / G {

@@ -94,8 +94,11 @@ unsafe fn dot_row<B: Blocks>(row: *const u8, x: &Operand, columns: usize) -> f32
             for g in 0..B::LEN / B::GROUP {
                 let at = block * B::LEN + g * B::GROUP;
                 let x_quants = std::slice::from_raw_parts(x.quants.add(at), B::GROUP);
-                let dot: i32 =
-                    q[g * B::GROUP..][..B::GROUP].iter().zip(x_quants).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum();
+                let dot: i32 = q[g * B::GROUP..][..B::GROUP]
+                    .iter()
+                    .zip(x_quants)
+                    .map(|(&w, &x)| i32::from(w) * i32::from(x))
+                    .sum();
                 let x_sum: f32 = (at / 16..(at + B::GROUP) / 16).map(|i| *x.sums.add(i)).sum();
                 sum += dot as f32 * (scales[g] * *x.scales.add(at / GROUP)) + offsets[g] * x_sum;
             }
@@ -161,7 +164,12 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn rows_q8_0<const R: usize>(data: *const u8, stride: usize, x: &Operand, columns: usize) -> [f32; R] {
+    unsafe fn rows_q8_0<const R: usize>(
+        data: *const u8,
+        stride: usize,
+        x: &Operand,
+        columns: usize,
+    ) -> [f32; R] {
         let flip = _mm512_set1_epi8(i8::MIN);
         let mut sums = [_mm512_setzero_ps(); R];
         let mut corrections = [_mm512_setzero_ps(); R];
@@ -172,7 +180,8 @@ mod avx512 {
                 let quants = _mm512_loadu_si512(x.quants.add(g * GROUP).cast());
                 let scale = pair(x.scales.add(g));
                 // Weights are read as w + 128: take 128 Σ x off, an eighth in each lane.
-                let x_sums = [0, 1].map(|i| -16.0 * (*x.sums.add(2 * g + 2 * i) + *x.sums.add(2 * g + 2 * i + 1)));
+                let x_sums =
+                    [0, 1].map(|i| -16.0 * (*x.sums.add(2 * g + 2 * i) + *x.sums.add(2 * g + 2 * i + 1)));
                 let correction = pair(x_sums.as_ptr());
                 for r in 0..R {
                     let block = data.add(r * stride + g * 34);
@@ -198,7 +207,12 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn rows_q4_0<const R: usize>(data: *const u8, stride: usize, x: &Operand, columns: usize) -> [f32; R] {
+    unsafe fn rows_q4_0<const R: usize>(
+        data: *const u8,
+        stride: usize,
+        x: &Operand,
+        columns: usize,
+    ) -> [f32; R] {
         let low = _mm256_set1_epi8(15);
         let mut sums = [_mm512_setzero_ps(); R];
         let mut corrections = [_mm512_setzero_ps(); R];
@@ -209,11 +223,13 @@ mod avx512 {
             let order = _mm512_setr_epi64(0, 1, 4, 5, 2, 3, 6, 7);
             let lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
             for g in (0..groups - groups % 2).step_by(2) {
-                let quants = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(x.quants.add(g * GROUP).cast()));
+                let quants =
+                    _mm512_permutexvar_epi64(order, _mm512_loadu_si512(x.quants.add(g * GROUP).cast()));
                 let scale = _mm512_castpd_ps(_mm512_set1_pd(x.scales.add(g).cast::<f64>().read_unaligned()));
                 let scale = _mm512_permutexvar_ps(lanes, scale);
                 let x_sums = [0, 1].map(|i| -(*x.sums.add(2 * g + 2 * i) + *x.sums.add(2 * g + 2 * i + 1)));
-                let correction = _mm512_castpd_ps(_mm512_set1_pd(x_sums.as_ptr().cast::<f64>().read_unaligned()));
+                let correction =
+                    _mm512_castpd_ps(_mm512_set1_pd(x_sums.as_ptr().cast::<f64>().read_unaligned()));
                 let correction = _mm512_permutexvar_ps(lanes, correction);
                 for r in 0..R {
                     let block = data.add(r * stride + g * 18);
@@ -225,8 +241,12 @@ mod avx512 {
                         _mm256_and_si256(_mm256_srli_epi16::<4>(packed), low),
                     );
                     let dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, quants);
-                    let d = i32::from(block.cast::<u16>().read_unaligned()) | i32::from(block.add(18).cast::<u16>().read_unaligned()) << 16;
-                    let d = _mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(d))));
+                    let d = i32::from(block.cast::<u16>().read_unaligned())
+                        | i32::from(block.add(18).cast::<u16>().read_unaligned()) << 16;
+                    let d = _mm512_permutexvar_ps(
+                        lanes,
+                        _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi32_si128(d))),
+                    );
                     sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), _mm512_mul_ps(d, scale), sums[r]);
                     // The offset of 8 over the eight lanes of a block.
                     corrections[r] = _mm512_fmadd_ps(d, correction, corrections[r]);
@@ -268,7 +288,12 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn rows_q4_k<const R: usize>(data: *const u8, stride: usize, x: &Operand, columns: usize) -> [f32; R] {
+    unsafe fn rows_q4_k<const R: usize>(
+        data: *const u8,
+        stride: usize,
+        x: &Operand,
+        columns: usize,
+    ) -> [f32; R] {
         let low = _mm512_set1_epi8(15);
         // 64 bytes of nibbles hold sub-blocks 0 and 2 low, 1 and 3 high; then 4 and 6, 5 and 7.
         let lanes = [0, 1, 4, 5].map(|j: i32| {
@@ -280,7 +305,8 @@ mod avx512 {
         // SAFETY: the caller's promise: rows of columns / 256 blocks of 144 bytes.
         unsafe {
             for b in 0..columns / 256 {
-                let quants: [__m512i; 4] = std::array::from_fn(|i| _mm512_loadu_si512(x.quants.add(b * 256 + i * 64).cast()));
+                let quants: [__m512i; 4] =
+                    std::array::from_fn(|i| _mm512_loadu_si512(x.quants.add(b * 256 + i * 64).cast()));
                 let quants = [
                     _mm512_shuffle_i64x2::<0b01_00_01_00>(quants[0], quants[1]),
                     _mm512_shuffle_i64x2::<0b11_10_11_10>(quants[0], quants[1]),
@@ -300,7 +326,10 @@ mod avx512 {
                     let scales = _mm512_castps256_ps512(scales);
                     for half in 0..2 {
                         let packed = _mm512_loadu_si512(block.add(16 + 64 * half).cast());
-                        let parts = [_mm512_and_si512(packed, low), _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low)];
+                        let parts = [
+                            _mm512_and_si512(packed, low),
+                            _mm512_and_si512(_mm512_srli_epi16::<4>(packed), low),
+                        ];
                         for (i, w) in parts.into_iter().enumerate() {
                             let dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, quants[2 * half + i]);
                             let scale = _mm512_permutexvar_ps(lanes[2 * half + i], scales);
@@ -322,8 +351,10 @@ mod avx512 {
     unsafe fn scales_mins(packed: *const u8) -> (__m256, __m256) {
         // SAFETY: 12 bytes.
         let [a, b, c] = unsafe { packed.cast::<[u32; 3]>().read_unaligned() };
-        let scales = u64::from(a & 0x3F3F_3F3F) | u64::from(c & 0x0F0F_0F0F | (a >> 6 & 0x0303_0303) << 4) << 32;
-        let mins = u64::from(b & 0x3F3F_3F3F) | u64::from(c >> 4 & 0x0F0F_0F0F | (b >> 6 & 0x0303_0303) << 4) << 32;
+        let scales =
+            u64::from(a & 0x3F3F_3F3F) | u64::from(c & 0x0F0F_0F0F | (a >> 6 & 0x0303_0303) << 4) << 32;
+        let mins =
+            u64::from(b & 0x3F3F_3F3F) | u64::from(c >> 4 & 0x0F0F_0F0F | (b >> 6 & 0x0303_0303) << 4) << 32;
         let widen = |bytes: u64| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes as i64)));
         (widen(scales), widen(mins))
     }
@@ -340,7 +371,12 @@ mod avx512 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-    unsafe fn rows_q6_k<const R: usize>(data: *const u8, stride: usize, x: &Operand, columns: usize) -> [f32; R] {
+    unsafe fn rows_q6_k<const R: usize>(
+        data: *const u8,
+        stride: usize,
+        x: &Operand,
+        columns: usize,
+    ) -> [f32; R] {
         let (low, high) = (_mm512_set1_epi8(0x0F), _mm512_set1_epi8(0x30));
         // Bit pairs of the two halves of a register, moved to bits 4 and 5.
         let left = _mm512_inserti64x4::<1>(_mm512_set1_epi16(4), _mm256_set1_epi16(2));
@@ -355,7 +391,8 @@ mod avx512 {
         // SAFETY: the caller's promise: rows of columns / 256 blocks of 210 bytes.
         unsafe {
             for b in 0..columns / 256 {
-                let quants: [__m512i; 4] = std::array::from_fn(|i| _mm512_loadu_si512(x.quants.add(b * 256 + i * 64).cast()));
+                let quants: [__m512i; 4] =
+                    std::array::from_fn(|i| _mm512_loadu_si512(x.quants.add(b * 256 + i * 64).cast()));
                 let x_scales = _mm512_castps256_ps512(_mm256_loadu_ps(x.scales.add(b * 8)));
                 let x_scales = _mm512_permutexvar_ps(twice, x_scales);
                 let x_sums = _mm512_loadu_ps(x.sums.add(b * 16));
@@ -363,19 +400,24 @@ mod avx512 {
                     let block = data.add(r * stride + b * 210);
                     prefetch::<210>(block);
                     let d = _mm512_cvtph_ps(_mm256_set1_epi16(block.add(208).cast::<i16>().read_unaligned()));
-                    let scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(block.add(192).cast())));
+                    let scales =
+                        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(block.add(192).cast())));
                     let scales = _mm512_mul_ps(scales, d);
                     corrections[r] = _mm512_fmadd_ps(scales, x_sums, corrections[r]);
                     let scales = _mm512_mul_ps(scales, x_scales);
                     for half in 0..2 {
                         let nibbles = _mm512_loadu_si512(block.add(64 * half).cast());
-                        let pairs = _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(128 + 32 * half).cast()));
+                        let pairs =
+                            _mm512_broadcast_i64x4(_mm256_loadu_si256(block.add(128 + 32 * half).cast()));
                         let parts = [
                             (nibbles, _mm512_sllv_epi16(pairs, left)),
                             (_mm512_srli_epi16::<4>(nibbles), _mm512_srlv_epi16(pairs, right)),
                         ];
                         for (i, (nibbles, pairs)) in parts.into_iter().enumerate() {
-                            let w = _mm512_or_si512(_mm512_and_si512(nibbles, low), _mm512_and_si512(pairs, high));
+                            let w = _mm512_or_si512(
+                                _mm512_and_si512(nibbles, low),
+                                _mm512_and_si512(pairs, high),
+                            );
                             let dots = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, quants[2 * half + i]);
                             let scale = _mm512_permutexvar_ps(lanes[2 * half + i], scales);
                             sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, sums[r]);
