@@ -4,9 +4,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    ggml::{Graph, ThreadPool},
+    ggml::Graph,
     graph::{self, Batch, BatchCell, Logits, Segment},
     model::Model,
+    threads::{self, ThreadPool},
 };
 
 /// Graphs that are kept, beside the decode graph: prompts come in all lengths, but a few shapes recur.
@@ -15,7 +16,7 @@ const KEPT_GRAPHS: usize = 4;
 /// A model's graphs and threads. One batch runs at a time.
 pub(crate) struct Engine {
     model: Model,
-    pool: ThreadPool,
+    pool: Arc<ThreadPool>,
     batch: Arc<BatchCell>,
     graphs: HashMap<(usize, Logits), Graph>,
 }
@@ -23,7 +24,15 @@ pub(crate) struct Engine {
 impl Engine {
     /// An engine with `threads` threads.
     pub fn new(model: &Model, threads: usize) -> Result<Self> {
-        let pool = ThreadPool::new(threads)?;
+        if !(1..=threads::MAX_THREADS).contains(&threads) {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format_args!("{threads} threads; choose 1 to {}", threads::MAX_THREADS),
+            ));
+        }
+        let pool = ThreadPool::new(threads)
+            .map_err(|error| Error::new(ErrorKind::Backend, format_args!("cannot start {threads} threads: {error}")))?;
+        let pool = Arc::new(pool);
         Ok(Self { model: model.clone(), pool, batch: Arc::default(), graphs: HashMap::new() })
     }
 
@@ -62,10 +71,10 @@ impl Engine {
             if self.graphs.len() > KEPT_GRAPHS {
                 self.graphs.retain(|&(tokens, _), _| tokens == 1);
             }
-            self.graphs.insert(key, graph::build(&self.model, tokens, logits, &self.batch)?);
+            self.graphs.insert(key, graph::build(&self.model, tokens, logits, &self.batch, &self.pool)?);
         }
         let graph = self.graphs.get_mut(&key).expect("just inserted");
-        graph.compute(&self.pool)?;
+        graph.compute()?;
         Ok(if logits == Logits::None { &[] } else { graph.result() })
     }
 

@@ -27,6 +27,7 @@ use crate::{
         rows,
     },
     model::Model,
+    threads::ThreadPool,
     weights::Matrix,
 };
 
@@ -42,6 +43,7 @@ pub(crate) enum Logits {
 }
 
 /// One sequence's part of a batch.
+#[derive(Debug)]
 pub(crate) struct Segment {
     /// The state of all layers, updated in place; see [`State`](crate::state::State) for the layout.
     pub state: *mut f32,
@@ -50,6 +52,9 @@ pub(crate) struct Segment {
     /// Tokens in the batch.
     pub tokens: usize,
 }
+
+// SAFETY: a handle; each head's part of the state is used by one thread at a time.
+unsafe impl Sync for Segment {}
 
 /// What changes from one run of a graph to the next.
 #[derive(Default)]
@@ -87,9 +92,15 @@ impl BatchCell {
 }
 
 /// Builds the graph for batches of `tokens` tokens.
-pub(crate) fn build(model: &Model, tokens: usize, logits: Logits, batch: &Arc<BatchCell>) -> Result<Graph> {
+pub(crate) fn build(
+    model: &Model,
+    tokens: usize,
+    logits: Logits,
+    batch: &Arc<BatchCell>,
+    pool: &Arc<ThreadPool>,
+) -> Result<Graph> {
     let (hparams, weights) = (model.hparams(), model.weights());
-    let mut net = Net { builder: GraphBuilder::new(9 * hparams.layers + 3)?, tokens, isa: Isa::best() };
+    let mut net = Net { builder: GraphBuilder::new(9 * hparams.layers + 3, pool)?, tokens, isa: Isa::best() };
     let embedding =
         Embed { matrix: weights.embedding.clone(), scale: hparams.embedding_scale, batch: batch.clone() };
     let mut x = net.builder.custom(embedding, [hparams.embedding, tokens], &[]);
@@ -181,13 +192,13 @@ struct Embed {
 impl Op for Embed {
     fn run(&self, args: &OpArgs<'_>) {
         let (ids, width) = (&self.batch.get().ids, self.matrix.columns);
-        for t in args.items(ids.len()) {
+        args.each(ids.len(), |t| {
             // SAFETY: the output is (T, D), and each token is one thread's.
             let row =
                 unsafe { std::slice::from_raw_parts_mut(args.output.data::<f32>().add(t * width), width) };
             self.matrix.row(ids[t] as usize, row);
             row.iter_mut().for_each(|value| *value *= self.scale);
-        }
+        });
     }
 }
 
@@ -214,7 +225,7 @@ struct Prepare {
 impl Op for Prepare {
     fn run(&self, args: &OpArgs<'_>) {
         let len = self.format.len;
-        for t in args.items(args.output.len(1)) {
+        args.each(args.output.len(1), |t| {
             // SAFETY: inputs are (T, len) and, for the gate, (T, 4 hidden); the output has a row for each token.
             unsafe {
                 let x = args.input(0).data::<f32>().add((self.first + t) * len);
@@ -233,7 +244,7 @@ impl Op for Prepare {
                     operand::prepare(self.isa, &self.format, normed, row);
                 });
             }
-        }
+        });
     }
 }
 
@@ -252,7 +263,7 @@ impl Op for Linear {
         let (rows, tokens) = (self.matrix.rows, args.output.len(1));
         let inputs = inputs_of(args, self.matrix.columns, &[self.matrix.dtype]);
         let outputs = Outputs { data: args.output.data(), stride: rows };
-        for chunk in args.items(rows.div_ceil(CHUNK)) {
+        args.each(rows.div_ceil(CHUNK), |chunk| {
             let range = chunk * CHUNK..rows.min((chunk + 1) * CHUNK);
             // SAFETY: the input was prepared for this matrix; chunks do not overlap.
             unsafe {
@@ -269,7 +280,7 @@ impl Op for Linear {
                     }
                 }
             }
-        }
+        });
     }
 }
 
@@ -285,7 +296,7 @@ impl Op for GatedUnit {
         let (rows, tokens) = (self.gate.0.rows, args.output.len(1));
         let inputs = inputs_of(args, self.gate.0.columns, &[self.gate.0.dtype, self.up.0.dtype]);
         let outputs = Outputs { data: args.output.data(), stride: rows };
-        for chunk in args.items(rows.div_ceil(CHUNK)) {
+        args.each(rows.div_ceil(CHUNK), |chunk| {
             let range = chunk * CHUNK..rows.min((chunk + 1) * CHUNK);
             // SAFETY: the input was prepared for both matrices; chunks do not overlap; `up` has a chunk's rows
             // for each token, addressed by their numbers in the whole matrix.
@@ -308,7 +319,7 @@ impl Op for GatedUnit {
                     }
                 });
             }
-        }
+        });
     }
 }
 
@@ -332,7 +343,7 @@ impl Op for Attention {
         let (d, hidden) = (self.head_dim, self.heads * self.head_dim);
         let key_dim = if self.theta.is_empty() { d } else { 2 * d };
         let segments = &self.batch.get().segments;
-        for item in args.items(segments.len() * self.heads) {
+        args.each(segments.len() * self.heads, |item| {
             let (segment, head) = (item / self.heads, item % self.heads);
             let first: usize = segments[..segment].iter().map(|segment| segment.tokens).sum();
             let segment = &segments[segment];
@@ -361,7 +372,7 @@ impl Op for Attention {
                 };
                 with_scratch(|scratch| attention::attend(self.isa, &run, scratch));
             }
-        }
+        });
     }
 }
 

@@ -16,6 +16,7 @@ pub mod reference;
 pub mod sampler;
 mod session;
 mod state;
+mod threads;
 pub mod tokenizer;
 pub mod weights;
 

@@ -47,7 +47,6 @@ impl Mapping {
     }
 
     /// A file image that is in memory already.
-    #[cfg(test)]
     pub fn from_bytes(bytes: Vec<u8>) -> Self {
         Self { bytes: Bytes::Heap(bytes) }
     }

@@ -21,7 +21,7 @@ use crate::{
 pub enum Form {
     /// `S ← λS + kᵀv`, `o = qS`, token by token: time T, memory 1.
     Recurrent,
-    /// `O = ((Q Kᵀ) ∘ D) V` with D[i][j] = λ^(i-j) for j ≤ i: time T².
+    /// `O = ((Q Kᵀ) ∘ D) V` with `D[i][j] = λ^(i-j)` for j ≤ i: time T².
     Parallel,
 }
 

@@ -8,10 +8,15 @@ use crate::{
     ggml,
     gguf::{Gguf, TensorInfo},
     hparams::Hparams,
+    kernels::matmul::tiles,
     mapping::Mapping,
 };
 
-/// A matrix of `rows` rows of `columns` elements, stored row by row in the model file.
+/// Metadata key: where it is 16, the matrices of types that have tiles are stored in tile order (MODEL.md).
+pub const TILE_ROWS_KEY: &str = "transnormer.tile_rows";
+
+/// A matrix of `rows` rows of `columns` elements: row by row, or, where its type has [`tiles`], in tiles of 16
+/// rows, padded with zeros to a whole tile.
 #[derive(Debug, Clone)]
 pub struct Matrix {
     file: Arc<Mapping>,
@@ -25,6 +30,24 @@ pub struct Matrix {
 }
 
 impl Matrix {
+    /// A matrix of `rows` rows in ggml's order. Types that have tiles are copied into tile order, others stay.
+    fn from_rows(file: &Arc<Mapping>, range: Range<usize>, dtype: DType, rows: usize, columns: usize) -> Self {
+        let mut matrix = Self { file: file.clone(), range, dtype, rows, columns };
+        if tiles::tileable(dtype) {
+            let tile_bytes = tiles::ROWS * matrix.row_bytes();
+            let mut tiled = vec![0; rows.div_ceil(tiles::ROWS) * tile_bytes];
+            let mut padded = vec![0; tile_bytes];
+            for (source, tile) in matrix.bytes().chunks(tile_bytes).zip(tiled.chunks_mut(tile_bytes)) {
+                padded[..source.len()].copy_from_slice(source);
+                padded[source.len()..].fill(0);
+                tiles::to_tile(dtype, &padded, tile);
+            }
+            matrix.range = 0..tiled.len();
+            matrix.file = Arc::new(Mapping::from_bytes(tiled));
+        }
+        matrix
+    }
+
     /// A matrix of its own, quantized from `values`.
     #[cfg(test)]
     pub(crate) fn from_values(dtype: DType, columns: usize, values: &[f32]) -> Self {
@@ -34,24 +57,33 @@ impl Matrix {
             _ => ggml::quantize(dtype, values, columns, None, &mut bytes).expect("whole blocks"),
         }
         let range = 0..bytes.len();
-        let file = Arc::new(Mapping::from_bytes(bytes));
-        Self { file, range, dtype, rows: values.len() / columns, columns }
+        Self::from_rows(&Arc::new(Mapping::from_bytes(bytes)), range, dtype, values.len() / columns, columns)
     }
 
-    /// The stored bytes, `rows * row_bytes()`.
+    /// The stored bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.file[self.range.clone()]
     }
 
     /// Bytes of one row.
     pub fn row_bytes(&self) -> usize {
-        (self.range.end - self.range.start) / self.rows
+        self.dtype.row_bytes(self.columns as u64).expect("rows are whole blocks") as usize
     }
 
     /// Dequantizes row `row` into `out`, `columns` values. Panics if there is no such row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        let bytes = &self.bytes()[row * self.row_bytes()..][..self.row_bytes()];
-        ggml::dequantize(self.dtype, bytes, out).expect("a row has `columns` elements");
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        let row_bytes = self.row_bytes();
+        if tiles::tileable(self.dtype) {
+            let tile_bytes = tiles::ROWS * row_bytes;
+            let tile = &self.bytes()[row / tiles::ROWS * tile_bytes..][..tile_bytes];
+            let mut bytes = vec![0; row_bytes];
+            tiles::row_of_tile(self.dtype, tile, row % tiles::ROWS, &mut bytes);
+            ggml::dequantize(self.dtype, &bytes, out)
+        } else {
+            ggml::dequantize(self.dtype, &self.bytes()[row * row_bytes..][..row_bytes], out)
+        }
+        .expect("a row has `columns` elements");
     }
 }
 
@@ -100,7 +132,15 @@ impl Weights {
     /// Finds every tensor of MODEL.md's table in `gguf`; refuses missing, unexpected and misshapen ones with
     /// [`ErrorKind::Model`].
     pub fn from_gguf(gguf: &Gguf, file: &Arc<Mapping>, hparams: &Hparams) -> Result<Self> {
-        let mut finder = Finder { gguf, file, used: HashSet::new() };
+        let tiled = match gguf.metadata.u32(TILE_ROWS_KEY)? {
+            None => false,
+            Some(rows) if rows as usize == tiles::ROWS => true,
+            Some(rows) => {
+                let message = format!("{TILE_ROWS_KEY}: {rows}; this build reads tiles of {} rows", tiles::ROWS);
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+        };
+        let mut finder = Finder { gguf, file, tiled, used: HashSet::new() };
         let Hparams { vocab_size: v, embedding: d, hidden: h, feed_forward: g, .. } = *hparams;
         let embedding = finder.matrix("token_embd.weight", v, d)?;
         let head = if hparams.tied { embedding.clone() } else { finder.matrix("output.weight", v, d)? };
@@ -132,13 +172,18 @@ impl Weights {
 struct Finder<'a> {
     gguf: &'a Gguf,
     file: &'a Arc<Mapping>,
+    tiled: bool,
     used: HashSet<&'a str>,
 }
 
 impl<'a> Finder<'a> {
     fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<Matrix> {
         let info = self.tensor(name, &[columns as u64, rows as u64])?;
-        Ok(Matrix { file: self.file.clone(), range: range(info), dtype: info.dtype, rows, columns })
+        let dtype = info.dtype;
+        if self.tiled && tiles::stored_in_tiles(dtype, rows) {
+            return Ok(Matrix { file: self.file.clone(), range: range(info), dtype, rows, columns });
+        }
+        Ok(Matrix::from_rows(self.file, range(info), dtype, rows, columns))
     }
 
     /// A small f32 tensor, copied.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{CASES, Case, read_all, session};
+use common::{CASES, Case, read_all, session, turn};
 use tn_quantize::policy::Preset;
 use transnormer::{DType, Model};
 
@@ -12,7 +12,7 @@ fn bits(model: &Model, ids: &[u32], block: usize, threads: usize) -> Vec<u32> {
     let mut values = read_all(&mut session, &ids[..40]);
     session.read(&ids[40..200]).expect("valid ids");
     values.extend_from_slice(session.logits());
-    for id in &ids[200..220] {
+    for id in &ids[200..208] {
         session.read(&[*id]).expect("a valid id");
         values.extend_from_slice(session.logits());
     }
@@ -22,22 +22,31 @@ fn bits(model: &Model, ids: &[u32], block: usize, threads: usize) -> Vec<u32> {
 
 #[test]
 fn threads_do_not_change_a_bit() {
+    let _turn = turn();
     for case in CASES.map(Case::open) {
-        for preset in [Preset::F32, Preset::BF16, Preset::Q8_0, Preset::Q4_K_M] {
+        for preset in [Preset::F32, Preset::Q4_K_M] {
             let (model, ids) = (case.model_of(DType::F32, preset), case.ids("input_ids"));
-            for block in [256, 17] {
+            for (block, threads) in [(256, 1), (256, 2), (33, 2)] {
                 let one = bits(&model, &ids, block, 1);
-                for threads in [1, 2, 3] {
-                    let found = bits(&model, &ids, block, threads);
-                    assert!(found == one, "{}, {}, {threads} threads", case.name, preset.name());
-                }
+                let found = bits(&model, &ids, block, threads);
+                assert!(found == one, "{}, {}, {threads} threads", case.name, preset.name());
             }
         }
     }
 }
 
+/// More threads than items of work, and than this machine may have cores: one case, as they wait for each other.
+#[test]
+fn many_threads_do_not_change_a_bit() {
+    let _turn = turn();
+    let case = Case::open(CASES[1]);
+    let (model, ids) = (case.model(), case.ids("input_ids"));
+    assert!(bits(&model, &ids, 256, 5) == bits(&model, &ids, 256, 1));
+}
+
 #[test]
 fn sessions_do_not_disturb_each_other() {
+    let _turn = turn();
     let case = Case::open(CASES[0]);
     let (model, ids) = (case.model(), case.ids("input_ids"));
     let alone = bits(&model, &ids, 64, 1);
@@ -55,6 +64,7 @@ fn sessions_do_not_disturb_each_other() {
 
 #[test]
 fn converting_and_loading_again_does_not_change_a_bit() {
+    let _turn = turn();
     let case = Case::open(CASES[2]);
     let ids = case.ids("input_ids");
     assert!(bits(&case.model(), &ids, 256, 2) == bits(&case.model(), &ids, 256, 2));

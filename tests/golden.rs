@@ -8,7 +8,7 @@ mod common;
 
 use std::{collections::BTreeMap, fs, process::Command};
 
-use common::{A, CASES, Case, LARGE, Table, argmax, greedy, read_all, session};
+use common::{A, CASES, Case, LARGE, Table, argmax, greedy, read_all, session, turn};
 use tempfile::TempDir;
 use tn_quantize::{policy::Preset, synthetic};
 use transnormer::{
@@ -26,6 +26,7 @@ fn weights_are_those_of_the_official_run() {
 
 #[test]
 fn engine_matches_the_official_code() {
+    let _turn = turn();
     if let Ok(wanted) = std::env::var("TRANSNORMER_ISA") {
         assert_eq!(Isa::best().name(), wanted, "the variable chooses the instruction set");
     }
@@ -34,7 +35,7 @@ fn engine_matches_the_official_code() {
         let model = case.model();
         let ids = case.ids("input_ids");
         let (logits, states) = (case.floats("long.logits"), case.states(model.hparams().layers));
-        for (block, threads) in [(256, 1), (256, 2), (64, 2), (17, 1), (17, 2), (1, 1), (1, 2)] {
+        for (block, threads) in [(256, 1), (256, 2), (64, 1), (17, 1), (1, 1)] {
             let (logits_in, states_in) =
                 (format!("logits, blocks of {block}"), format!("states, blocks of {block}"));
             let mut all = session(&model, block, threads);
@@ -57,7 +58,7 @@ fn engine_matches_the_official_code() {
 fn compare_decode(table: &mut Table, case: &Case, model: &Model) {
     let (ids, vocab_size) = (case.ids("input_ids"), model.hparams().vocab_size);
     for (name, prompt) in [("long.logits_incremental", 1), ("long.logits_prefill257_then_decode", 257)] {
-        let mut session = session(model, 256, 2);
+        let mut session = session(model, 256, 1);
         session.read(&ids[..prompt]).expect("valid ids");
         let mut found = session.logits().to_vec();
         for id in &ids[prompt..] {
@@ -83,6 +84,7 @@ fn compare_decode(table: &mut Table, case: &Case, model: &Model) {
 /// The choice of kernels is made once in a process, so each gets its own.
 #[test]
 fn every_instruction_set_matches_the_official_code() {
+    let _turn = turn();
     let program = std::env::current_exe().expect("a test program has a path");
     for isa in Isa::available() {
         let output = Command::new(&program)
@@ -99,6 +101,7 @@ fn every_instruction_set_matches_the_official_code() {
 
 #[test]
 fn greedy_text_is_that_of_the_official_code() {
+    let _turn = turn();
     for case in CASES.map(Case::open) {
         let model = case.model();
         for (block, threads) in [(256, 2), (3, 1)] {
@@ -112,6 +115,7 @@ fn greedy_text_is_that_of_the_official_code() {
 /// The official code pads a batch on the left, which changes nothing for the real tokens.
 #[test]
 fn sequences_alone_match_the_official_padded_batch() {
+    let _turn = turn();
     let mut table = Table::new("left-padded batch");
     for case in CASES.map(Case::open) {
         let model = case.model();
@@ -121,7 +125,7 @@ fn sequences_alone_match_the_official_padded_batch() {
         for row in 0..3 {
             let pads = mask[row * width..].iter().take_while(|&&real| real == 0).count();
             let (start, end) = (row * width + pads, (row + 1) * width);
-            let found = read_all(&mut session(&model, 256, 2), &ids[start..end]);
+            let found = read_all(&mut session(&model, 256, 1), &ids[start..end]);
             let expected = &logits[start * vocab_size..end * vocab_size];
             table.compare(case.name, format!("row {row}, {pads} pads"), &found, expected);
         }
@@ -132,6 +136,7 @@ fn sequences_alone_match_the_official_padded_batch() {
 /// Weights that were rounded to bf16 before the official code computed with them in f32.
 #[test]
 fn rounded_weights_match_the_official_code() {
+    let _turn = turn();
     let mut table = Table::new("weights in BF16");
     for case in CASES.map(Case::open) {
         if !case.names().iter().any(|name| name == "bf16w.logits") {
@@ -148,6 +153,7 @@ fn rounded_weights_match_the_official_code() {
 /// The same from a file that torch wrote.
 #[test]
 fn torch_checkpoints_match_the_official_code() {
+    let _turn = turn();
     let mut table = Table::new("pytorch_model.bin in BF16");
     for case in [A, "b2_lrpe_multi_untied_l5_h8"].map(Case::open) {
         let Some(weights) = common::shared(&format!("golden/{}/pytorch_model.bf16.bin", case.name)) else {
@@ -163,7 +169,7 @@ fn torch_checkpoints_match_the_official_code() {
 
 fn compare_rounded(table: &mut Table, case: &Case, model: &Model, what: &str) {
     let vocab_size = model.hparams().vocab_size;
-    let logits = read_all(&mut session(model, 64, 2), &case.ids("input_ids"));
+    let logits = read_all(&mut session(model, 64, 1), &case.ids("input_ids"));
     let eighths: Vec<f32> = logits.chunks_exact(vocab_size).step_by(8).flatten().copied().collect();
     table.compare(case.name, what, &eighths, &case.floats("bf16w.logits"));
 }
@@ -217,6 +223,7 @@ fn reference_matches_the_official_code() {
 /// What no golden case covers: every activation function, heads that no SIMD register divides, 16-bit weights.
 #[test]
 fn engine_matches_the_reference_on_every_variant() {
+    let _turn = turn();
     let mut table = Table::new("engine against reference");
     let names =
         ["1+elu", "2+elu", "elu", "relu", "gelu", "sigmoid", "leak", "exp", "sine", "identity", "silu"];
@@ -232,7 +239,7 @@ fn engine_matches_the_reference_on_every_variant() {
                 let ids: Vec<u32> = (0..100).map(|i| i * 37 % 300).collect();
                 let mut reference = Reference::new(&model);
                 let expected = reference.forward(&ids).concat();
-                let mut session = session(&model, 70, 2);
+                let mut session = session(&model, 70, 1);
                 table.compare("tiny", activation, &read_all(&mut session, &ids), &expected);
                 table.compare("tiny", activation, session.state().values(), reference.state().values());
             }
@@ -246,13 +253,14 @@ fn engine_matches_the_reference_on_every_variant() {
 #[test]
 #[ignore = "takes minutes and gigabytes"]
 fn published_shape_matches_the_official_code() {
+    let _turn = turn();
     let case = Case::open(LARGE);
     case.assert_weights();
     let model = case.model();
     let vocab_size = model.hparams().vocab_size;
     let (ids, positions) = (case.ids("input_ids"), case.ids("positions"));
     let (mut kept, mut best, mut largest, mut log_sums) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut whole = session(&model, 256, 2);
+    let mut whole = session(&model, 256, 0);
     whole
         .read_all(&ids, |index, logits| {
             if positions.contains(&(index as u32)) {
@@ -274,14 +282,14 @@ fn published_shape_matches_the_official_code() {
     table.compare(LARGE, "log-sum-exp of logits", &log_sums, &case.floats("logsumexp_all"));
     compare_large_states(&mut table, &case, &whole);
 
-    let mut decoded = session(&model, 256, 2);
+    let mut decoded = session(&model, 256, 0);
     decoded.read(&ids[..300]).expect("valid ids");
     ids[300..].iter().for_each(|id| decoded.read(&[*id]).expect("a valid id"));
     let kept: Vec<f32> = decoded.logits().iter().step_by(64).copied().collect();
     let expected = case.floats("logits_prefill300_then_decode_at_319");
     table.compare(LARGE, "prompt of 300, then token by token", &kept, &expected);
 
-    let mut text = session(&model, 256, 2);
+    let mut text = session(&model, 256, 0);
     text.read(&case.ids("generate.prompt")).expect("valid ids");
     assert_eq!(greedy(&mut text, 32), case.ids("generate.tokens"));
     table.assert_below(LARGE_LIMIT);

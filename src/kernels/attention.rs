@@ -223,14 +223,16 @@ unsafe fn recurrent_columns<S: Simd, const C: usize>(
     unsafe {
         let lambda = S::splat(buffers.power(1));
         let v = run.v.add(t * run.stride + column);
-        let v: [S::V; C] = std::array::from_fn(|c| S::load(v.add(c * S::LANES)));
-        let mut o = [S::splat(0.0); C];
+        let (mut value, mut o) = ([S::splat(0.0); C], [S::splat(0.0); C]);
+        for (c, value) in value.iter_mut().enumerate() {
+            *value = S::load(v.add(c * S::LANES));
+        }
         for i in 0..run.key_dim() {
             let state = run.state.add(i * d + column);
             let (q, k) = (S::splat(*buffers.q.get_unchecked(i)), S::splat(*buffers.k.get_unchecked(i)));
             for c in 0..C {
                 let s = S::load(state.add(c * S::LANES));
-                let s = S::fma(k, v[c], S::mul(lambda, s));
+                let s = S::fma(k, value[c], S::mul(lambda, s));
                 S::store(state.add(c * S::LANES), s);
                 o[c] = S::fma(q, s, o[c]);
             }
@@ -335,7 +337,9 @@ impl Tile for Outputs<'_> {
             for (r, sums) in sums.iter_mut().enumerate() {
                 // λ^(a+1) as λ^a · λ: the table ends at λ^(BLOCK-1).
                 let scale = *self.decay.add(BLOCK - 1 - (row + r)) * *self.decay.add(BLOCK - 2);
-                sums.iter_mut().for_each(|sum| *sum = S::mul(*sum, S::splat(scale)));
+                for sum in sums {
+                    *sum = S::mul(*sum, S::splat(scale));
+                }
             }
             let (scores, v) = (self.scores.add(row * BLOCK), self.v.add(column));
             let seen = (row + R).min(self.m);
@@ -365,10 +369,14 @@ impl Tile for States {
     unsafe fn tile<S: Simd, const R: usize, const C: usize>(&self, row: usize, column: usize) {
         // SAFETY: the caller's promise.
         unsafe {
-            let state = |r: usize, c: usize| self.state.add((row + r) * self.d + column + c * S::LANES);
+            let state = self.state.add(row * self.d + column);
             let decay = S::splat(self.decay);
-            let mut sums: [[S::V; C]; R] =
-                std::array::from_fn(|r| std::array::from_fn(|c| S::mul(decay, S::load(state(r, c)))));
+            let mut sums = [[decay; C]; R];
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::mul(decay, S::load(state.add(r * self.d + c * S::LANES)));
+                }
+            }
             accumulate::<S, R, C>(
                 &mut sums,
                 (self.kt.add(row * BLOCK), BLOCK),
@@ -377,7 +385,7 @@ impl Tile for States {
             );
             for (r, sums) in sums.into_iter().enumerate() {
                 for (c, sum) in sums.into_iter().enumerate() {
-                    S::store(state(r, c), sum);
+                    S::store(state.add(r * self.d + c * S::LANES), sum);
                 }
             }
         }

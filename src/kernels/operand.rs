@@ -1,7 +1,7 @@
 //! Input rows of the matrix products, prepared once and read by every matrix that shares them.
 //!
 //! A float matrix reads the row as f32. A quantized matrix reads it as int8 in groups of 32 with a scale each,
-//! and the sums of each 16 values, by which a matrix whose blocks have a minimum is corrected.
+//! and the sums of each 16 and 32 values, by which a matrix whose blocks have a minimum is corrected.
 
 use super::{dispatch, simd::Simd};
 
@@ -26,7 +26,7 @@ impl Format {
     /// Bytes of a prepared row.
     pub fn row_bytes(&self) -> usize {
         if self.int8 {
-            self.sums_at() + (self.len / 16 * 4).next_multiple_of(ALIGN)
+            self.pair_sums_at() + (self.len / GROUP * 4).next_multiple_of(ALIGN)
         } else {
             self.quants_at()
         }
@@ -43,6 +43,10 @@ impl Format {
     fn sums_at(&self) -> usize {
         self.scales_at() + (self.len / GROUP * 4).next_multiple_of(ALIGN)
     }
+
+    fn pair_sums_at(&self) -> usize {
+        self.sums_at() + (self.len / 16 * 4).next_multiple_of(ALIGN)
+    }
 }
 
 /// A prepared row.
@@ -56,6 +60,8 @@ pub(crate) struct Operand {
     pub scales: *const f32,
     /// (K / 16) sums of 16 values times their scale.
     pub sums: *const f32,
+    /// (K / 32) sums of 32 values times their scale.
+    pub pair_sums: *const f32,
 }
 
 impl Operand {
@@ -72,6 +78,7 @@ impl Operand {
                 quants: row.add(format.quants_at()).cast(),
                 scales: row.add(format.scales_at()).cast(),
                 sums: row.add(format.sums_at()).cast(),
+                pair_sums: row.add(format.pair_sums_at()).cast(),
             }
         }
     }
@@ -99,9 +106,11 @@ unsafe fn prepare_of<S: Simd>(format: &Format, x: *const f32, row: *mut u8) {
         let quants = row.add(format.quants_at()).cast::<i8>();
         let scales = row.add(format.scales_at()).cast::<f32>();
         let sums = row.add(format.sums_at()).cast::<f32>();
+        let pair_sums = row.add(format.pair_sums_at()).cast::<f32>();
         for group in 0..format.len / GROUP {
             let (x, quants) = (x.add(group * GROUP), quants.add(group * GROUP));
             *scales.add(group) = quantize_group::<S>(x, quants, sums.add(2 * group));
+            *pair_sums.add(group) = *sums.add(2 * group) + *sums.add(2 * group + 1);
         }
     }
 }
@@ -158,6 +167,8 @@ mod tests {
                     assert!((back - x[i]).abs() <= scale * 0.501, "{isa}: {back} for {}", x[i]);
                     let sum: f32 = (0..16).map(|j| f32::from(*operand.quants.add(i / 16 * 16 + j))).sum();
                     assert_eq!(*operand.sums.add(i / 16), sum * scale);
+                    let pair = *operand.sums.add(i / 32 * 2) + *operand.sums.add(i / 32 * 2 + 1);
+                    assert_eq!(*operand.pair_sums.add(i / 32), pair);
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Kernels on rows of f32: norms, gates, activation functions.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LOG2_E;
 
 use super::{dispatch, simd::Simd};
 use crate::hparams::Activation;
@@ -32,12 +32,29 @@ dispatch! {
     pub(crate) unsafe fn product(a: *const f32, b: *const f32, y: *mut f32, len: usize) = product_of;
 }
 
+/// Writes `$vector`, an expression of the index `$i`, to `$y[$i..]` in whole registers, and `$single` for the rest.
+///
+/// A macro, because a closure would not be compiled for the caller's instruction set.
+macro_rules! for_row {
+    ($y:expr, $len:expr, |$i:ident| $vector:expr, $single:expr) => {{
+        let mut $i = 0;
+        while $i + S::LANES <= $len {
+            S::store($y.add($i), $vector);
+            $i += S::LANES;
+        }
+        while $i < $len {
+            *$y.add($i) = $single;
+            $i += 1;
+        }
+    }};
+}
+
 #[inline(always)]
 unsafe fn norm_of<S: Simd>(x: *const f32, y: *mut f32, len: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         let scale = norm_scale::<S>(x, len);
-        map::<S>(len, |i| S::mul(S::load(x.add(i)), S::splat(scale)), |i| *x.add(i) * scale, y);
+        for_row!(y, len, |i| S::mul(S::load(x.add(i)), S::splat(scale)), *x.add(i) * scale);
     }
 }
 
@@ -46,15 +63,15 @@ unsafe fn gated_norm_of<S: Simd>(o: *const f32, u: *const f32, y: *mut f32, len:
     // SAFETY: the caller's promise.
     unsafe {
         let scale = norm_scale::<S>(o, len);
-        let vector = |i| S::mul(S::load(u.add(i)), S::mul(S::load(o.add(i)), S::splat(scale)));
-        map::<S>(len, vector, |i| *u.add(i) * (*o.add(i) * scale), y);
+        let normed = S::splat(scale);
+        for_row!(y, len, |i| S::mul(S::load(u.add(i)), S::mul(S::load(o.add(i)), normed)), *u.add(i) * (*o.add(i) * scale));
     }
 }
 
 #[inline(always)]
 unsafe fn product_of<S: Simd>(a: *const f32, b: *const f32, y: *mut f32, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { map::<S>(len, |i| S::mul(S::load(a.add(i)), S::load(b.add(i))), |i| *a.add(i) * *b.add(i), y) }
+    unsafe { for_row!(y, len, |i| S::mul(S::load(a.add(i)), S::load(b.add(i))), *a.add(i) * *b.add(i)) }
 }
 
 /// `1 / sqrt(mean(x²) + eps)`.
@@ -81,28 +98,6 @@ unsafe fn norm_scale<S: Simd>(x: *const f32, len: usize) -> f32 {
     }
 }
 
-/// Writes `vector(i)` to `y[i..]` in whole registers, then `single(i)` for the rest.
-#[inline(always)]
-unsafe fn map<S: Simd>(
-    len: usize,
-    vector: impl Fn(usize) -> S::V,
-    single: impl Fn(usize) -> f32,
-    y: *mut f32,
-) {
-    let mut i = 0;
-    // SAFETY: the caller's promise.
-    unsafe {
-        while i + S::LANES <= len {
-            S::store(y.add(i), vector(i));
-            i += S::LANES;
-        }
-        while i < len {
-            *y.add(i) = single(i);
-            i += 1;
-        }
-    }
-}
-
 /// Applies the activation function of q and k to one head's row of `len` elements (SPEC section 1,
 /// `linear_act_fun`). SiLU, which every published model uses, is vectorised.
 ///
@@ -114,12 +109,7 @@ pub(crate) unsafe fn activate<S: Simd>(activation: Activation, x: *const f32, y:
     unsafe {
         match activation {
             Activation::Silu => {
-                let one = S::splat(1.0);
-                let vector = |i| {
-                    let v = S::load(x.add(i));
-                    S::div(v, S::add(one, exp::<S>(S::sub(S::splat(0.0), v))))
-                };
-                map::<S>(len, vector, |i| Activation::Silu.apply(*x.add(i)), y);
+                for_row!(y, len, |i| silu::<S>(S::load(x.add(i))), Activation::Silu.apply(*x.add(i)));
             }
             Activation::Exp => {
                 let largest =
@@ -131,6 +121,13 @@ pub(crate) unsafe fn activate<S: Simd>(activation: Activation, x: *const f32, y:
     }
 }
 
+/// `x / (1 + e^-x)`
+#[inline(always)]
+unsafe fn silu<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller's instruction set.
+    unsafe { S::div(x, S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), x)))) }
+}
+
 /// e to the x, within 2 units in the last place; results below 2⁻¹²⁶ and above 2¹²⁷ are clamped.
 ///
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2, and a polynomial for e to the r.
@@ -138,7 +135,7 @@ pub(crate) unsafe fn activate<S: Simd>(activation: Activation, x: *const f32, y:
 pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     /// ln 2 in two parts, so that n·ln 2 is exact in the first.
     const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = LN_2 - LN_2_HIGH;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
     /// 1/n! for n = 7 … 0.
     const SERIES: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
     // SAFETY: the caller's instruction set.

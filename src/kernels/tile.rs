@@ -58,7 +58,10 @@ pub(crate) unsafe fn accumulate<S: Simd, const R: usize, const C: usize>(
     for i in 0..inner {
         // SAFETY: the caller's promise.
         unsafe {
-            let row: [S::V; C] = std::array::from_fn(|c| S::load(b.add(i * b_stride + c * S::LANES)));
+            let mut row = [S::splat(0.0); C];
+            for (c, row) in row.iter_mut().enumerate() {
+                *row = S::load(b.add(i * b_stride + c * S::LANES));
+            }
             for (r, sums) in sums.iter_mut().enumerate() {
                 let x = S::splat(*a.add(r * a_stride + i));
                 for c in 0..C {

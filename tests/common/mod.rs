@@ -5,7 +5,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
+    sync::{Mutex, MutexGuard, PoisonError, atomic::AtomicBool},
 };
 
 use indicatif::ProgressBar;
@@ -146,6 +146,12 @@ pub fn convert(checkpoint: &Path, preset: Preset) -> Model {
         Model::open_with(&out, LoadMode::Heap)
     };
     convert().expect("the checkpoint converts")
+}
+
+/// Makes the tests of a program that hold it take turns: threads that outnumber the cores wait for each other.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A session with prompts in blocks of `block` tokens.

@@ -1,10 +1,18 @@
 //! `y = W x` for weights of every type.
 //!
-//! Weights that are quantized to 8 bits or less meet inputs quantized to int8 ([`int8`]); float weights, and
-//! the rare types that have no integer kernel, meet f32 inputs ([`float`]).
+//! | module | what |
+//! |---|---|
+//! | [`tiles`] | the layout of quantized weights: 16 rows side by side |
+//! | [`lanes`] | registers that hold 16 rows, for each instruction set |
+//! | [`formats`] | how each type's tiles become bytes and scales |
+//! | [`int8`] | tiles times int8 inputs |
+//! | [`float`] | float weights, and the types that have no tiles, times f32 inputs |
 
 mod float;
+mod formats;
 mod int8;
+mod lanes;
+pub mod tiles;
 
 use std::ops::Range;
 
@@ -21,7 +29,7 @@ pub(crate) enum Reads {
 impl Reads {
     /// The form for weights of `dtype`.
     pub fn of(dtype: DType) -> Self {
-        if int8::supports(dtype) { Reads::Int8 } else { Reads::Float }
+        if tiles::tileable(dtype) { Reads::Int8 } else { Reads::Float }
     }
 }
 
@@ -33,6 +41,11 @@ pub(crate) struct Inputs {
     pub tokens: usize,
 }
 
+// SAFETY (both types): handles; `multiply` states who may write where.
+unsafe impl Sync for Inputs {}
+// SAFETY: as above.
+unsafe impl Sync for Outputs {}
+
 /// Where the products go: element (token, row) at `data + token * stride + row`.
 #[derive(Clone, Copy)]
 pub(crate) struct Outputs {
@@ -40,7 +53,7 @@ pub(crate) struct Outputs {
     pub stride: usize,
 }
 
-/// Computes rows `range` of `weights` times every input row. `scratch` grows once and is kept by the caller.
+/// Computes rows `range` of `weights`, which starts at a whole tile, times every input row. `scratch` grows once and is kept by the caller.
 ///
 /// # Safety
 /// The inputs are prepared in a format of `weights.columns` values that has the form [`Reads`] names, and the
@@ -58,7 +71,7 @@ pub(crate) unsafe fn multiply(
     unsafe {
         match Reads::of(weights.dtype) {
             Reads::Float => float::multiply(isa, weights, range, inputs, outputs, scratch),
-            Reads::Int8 => int8::multiply(isa, weights, range, inputs, outputs, scratch),
+            Reads::Int8 => int8::multiply(isa, weights, range, inputs, outputs),
         }
     }
 }
@@ -110,7 +123,7 @@ mod tests {
         let outputs = Outputs { data: y.as_mut_ptr(), stride: rows + 1 };
         let inputs = Inputs { format, rows: input.as_ptr().cast(), tokens };
         let mut scratch = Vec::new();
-        for range in [0..rows / 2, rows / 2..rows] {
+        for range in [0..16, 16..rows] {
             // SAFETY: the inputs are prepared for these weights, the output has room.
             unsafe { multiply(isa, &weights, range, inputs, outputs, &mut scratch) };
         }
