@@ -1,6 +1,6 @@
 //! Runs batches of tokens through a model: graphs, built once per shape and kept, and the threads they run on.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::{
     error::{Error, ErrorKind, Result},
@@ -10,15 +10,37 @@ use crate::{
     threads::{self, ThreadPool},
 };
 
-/// Graphs that are kept, beside the decode graph: prompts come in all lengths, but a few shapes recur.
-const KEPT_GRAPHS: usize = 4;
+/// Graphs that are kept: prompts come in all lengths, but a few shapes recur.
+const KEPT_GRAPHS: usize = 5;
+
+/// An [`Engine`] that sessions take turns with.
+#[derive(Clone)]
+pub(crate) struct SharedEngine(Arc<Mutex<Engine>>);
+
+impl SharedEngine {
+    /// A new engine; 0 threads means one for each core.
+    pub fn new(model: &Model, threads: usize) -> Result<Self> {
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        Ok(Self(Arc::new(Mutex::new(Engine::new(model, threads)?))))
+    }
+
+    /// Waits for the others.
+    pub fn lock(&self) -> MutexGuard<'_, Engine> {
+        // Every run sets all that it reads, so a panic leaves nothing behind that matters to the next.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A model's graphs and threads. One batch runs at a time.
 pub(crate) struct Engine {
     model: Model,
     pool: Arc<ThreadPool>,
     batch: Arc<BatchCell>,
-    graphs: HashMap<(usize, Logits), Graph>,
+    /// By number of tokens and logits; last used last.
+    graphs: Vec<((usize, Logits), Graph)>,
 }
 
 impl Engine {
@@ -30,10 +52,11 @@ impl Engine {
                 format_args!("{threads} threads; choose 1 to {}", threads::MAX_THREADS),
             ));
         }
-        let pool = ThreadPool::new(threads)
-            .map_err(|error| Error::new(ErrorKind::Backend, format_args!("cannot start {threads} threads: {error}")))?;
+        let pool = ThreadPool::new(threads).map_err(|error| {
+            Error::new(ErrorKind::Backend, format_args!("cannot start {threads} threads: {error}"))
+        })?;
         let pool = Arc::new(pool);
-        Ok(Self { model: model.clone(), pool, batch: Arc::default(), graphs: HashMap::new() })
+        Ok(Self { model: model.clone(), pool, batch: Arc::default(), graphs: Vec::new() })
     }
 
     /// Number of threads.
@@ -67,19 +90,27 @@ impl Engine {
             ));
         }
         let key = (tokens, logits);
-        if !self.graphs.contains_key(&key) {
-            if self.graphs.len() > KEPT_GRAPHS {
-                self.graphs.retain(|&(tokens, _), _| tokens == 1);
+        let graph = match self.graphs.iter().position(|(shape, _)| *shape == key) {
+            Some(i) => self.graphs.remove(i).1,
+            None => {
+                // Room first: buffers of long prompts are large.
+                self.graphs.drain(..self.graphs.len().saturating_sub(KEPT_GRAPHS - 1));
+                graph::build(&self.model, tokens, logits, &self.batch, &self.pool)?
             }
-            self.graphs.insert(key, graph::build(&self.model, tokens, logits, &self.batch, &self.pool)?);
+        };
+        self.graphs.push((key, graph));
+        let (_, graph) = self.graphs.last_mut().expect("just pushed");
+        if let Err(error) = graph.compute() {
+            // A kernel's panic stays in its graph, which would give it to others.
+            self.graphs.pop();
+            return Err(error);
         }
-        let graph = self.graphs.get_mut(&key).expect("just inserted");
-        graph.compute()?;
+        let (_, graph) = self.graphs.last().expect("as above");
         Ok(if logits == Logits::None { &[] } else { graph.result() })
     }
 
     /// Bytes of intermediate results in all kept graphs.
     pub fn buffer_bytes(&self) -> usize {
-        self.graphs.values().map(Graph::buffer_bytes).sum()
+        self.graphs.iter().map(|(_, graph)| graph.buffer_bytes()).sum()
     }
 }

@@ -223,35 +223,8 @@ impl Session {
         prompt: impl Into<Prompt<'p>>,
         options: GenerateOptions,
     ) -> Result<Generation<'_>> {
-        let prompt = self.prompt_ids(prompt.into())?;
-        if prompt.is_empty() && self.logits().is_empty() {
-            return Err(Error::new(
-                ErrorKind::InvalidArgument,
-                "no prompt, and the session has read nothing to go on from",
-            ));
-        }
-        let mut sampler = options.sampler;
-        if options.ignore_eos {
-            sampler.logit_bias.push((self.model().tokenizer().eos(), f32::NEG_INFINITY));
-        }
-        let sampler = Sampler::new(sampler)?;
-        let stops = StopFilter::new(options.stop)?;
-        let mut decoder = StreamDecoder::after(self.model().tokenizer(), self.tokens())?;
-        for &id in &prompt {
-            decoder.push(id)?;
-        }
-        Ok(Generation {
-            session: self,
-            sampler,
-            decoder,
-            stops,
-            cancel: options.cancel,
-            max_tokens: options.max_tokens,
-            log_probs: options.log_probs,
-            unread: prompt,
-            phase: Phase::Prompt,
-            stats: Stats::default(),
-        })
+        let chooser = Chooser::new(self, prompt.into(), options)?;
+        Ok(Generation { session: self, chooser })
     }
 
     /// [`generate`](Self::generate) as a callback. `visit` ends the generation by `Break`, as a [`CancelToken`]
@@ -271,8 +244,8 @@ impl Session {
                 Event::Token(token) => {
                     if visit(token).is_break() {
                         // Not the caller's token: others may share it.
-                        generation.cancel = CancelToken::new();
-                        generation.cancel.cancel();
+                        generation.chooser.cancel = CancelToken::new();
+                        generation.chooser.cancel.cancel();
                     }
                 }
                 Event::Done(done) => return Ok(done),
@@ -299,13 +272,47 @@ impl Session {
 /// A running generation: an iterator over its events, the last of which is [`Event::Done`] or an error.
 pub struct Generation<'s> {
     session: &'s mut Session,
+    chooser: Chooser,
+}
+
+impl Generation<'_> {
+    /// The sampler: its seed and state.
+    pub fn sampler(&self) -> &Sampler {
+        &self.chooser.sampler
+    }
+
+    /// The sampler, to go on from a saved [state](Sampler::set_state).
+    pub fn sampler_mut(&mut self) -> &mut Sampler {
+        &mut self.chooser.sampler
+    }
+
+    /// What it took so far.
+    pub fn stats(&self) -> Stats {
+        self.chooser.stats
+    }
+
+    fn advance(&mut self) -> Result<Event> {
+        let Self { session, chooser } = self;
+        let start = Instant::now();
+        let (unread, cancel) = (chooser.unread(), &chooser.cancel);
+        // A token that was given out is read even if the generation was cancelled since.
+        let in_prompt = chooser.phase == Phase::Prompt;
+        let read = session.read_while(unread, || !(in_prompt && cancel.is_cancelled()))?;
+        chooser.has_read(read, start.elapsed());
+        chooser.event(session)
+    }
+}
+
+/// All of a generation but the reading, which is someone else's work: of a [`Generation`], or of a
+/// [`Batch`](crate::Batch) for many.
+pub(crate) struct Chooser {
     sampler: Sampler,
     decoder: StreamDecoder,
     stops: StopFilter,
     cancel: CancelToken,
     max_tokens: Option<usize>,
     log_probs: bool,
-    /// The prompt, later the token given out last.
+    /// The rest of the prompt, later the token given out last.
     unread: Vec<u32>,
     phase: Phase,
     stats: Stats,
@@ -318,69 +325,107 @@ enum Phase {
     Over,
 }
 
-impl Generation<'_> {
-    /// The sampler: its seed and state.
-    pub fn sampler(&self) -> &Sampler {
-        &self.sampler
+impl Chooser {
+    /// Checks what [`Session::generate`] checks.
+    pub fn new(session: &Session, prompt: Prompt<'_>, options: GenerateOptions) -> Result<Self> {
+        let prompt = session.prompt_ids(prompt)?;
+        if prompt.is_empty() && session.logits().is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "no prompt, and the session has read nothing to go on from",
+            ));
+        }
+        let tokenizer = session.model().tokenizer();
+        let mut sampler = options.sampler;
+        if options.ignore_eos {
+            sampler.logit_bias.push((tokenizer.eos(), f32::NEG_INFINITY));
+        }
+        let sampler = Sampler::new(sampler)?;
+        let stops = StopFilter::new(options.stop)?;
+        let mut decoder = StreamDecoder::after(tokenizer, session.tokens())?;
+        for &id in &prompt {
+            decoder.push(id)?;
+        }
+        Ok(Self {
+            sampler,
+            decoder,
+            stops,
+            cancel: options.cancel,
+            max_tokens: options.max_tokens,
+            log_probs: options.log_probs,
+            phase: if prompt.is_empty() { Phase::Tokens } else { Phase::Prompt },
+            unread: prompt,
+            stats: Stats::default(),
+        })
     }
 
-    /// What it took so far.
-    pub fn stats(&self) -> Stats {
-        self.stats
+    /// What the session has to read before the next token can be chosen.
+    pub fn unread(&self) -> &[u32] {
+        // The token that completes a stop string is never read.
+        if self.stops.stopped() { &[] } else { &self.unread }
     }
 
-    fn advance(&mut self) -> Result<Event> {
+    /// Whether the prompt is being read and that was cancelled: then there is an event at once.
+    pub fn is_cancelled(&self) -> bool {
+        self.phase == Phase::Prompt && self.cancel.is_cancelled()
+    }
+
+    /// Whether the last event has come.
+    pub fn is_over(&self) -> bool {
+        self.phase == Phase::Over
+    }
+
+    /// Takes note that the session has read the first `count` of [`unread`](Self::unread), and of the time it took.
+    pub fn has_read(&mut self, count: usize, time: Duration) {
+        self.unread.drain(..count);
         if self.phase == Phase::Prompt {
-            let start = Instant::now();
-            let whole = self.read_prompt();
-            self.stats.prompt_time = start.elapsed();
-            if !whole? {
-                return Ok(Event::Done(self.finish(StopReason::Cancelled)));
-            }
+            self.stats.prompt_tokens += count;
+            self.stats.prompt_time += time;
+        } else {
+            self.stats.time += time;
+        }
+        if self.unread.is_empty() && self.phase == Phase::Prompt {
             self.phase = Phase::Tokens;
         }
+    }
+
+    /// The next event, from the logits of the session, which has read all it has to unless that was cancelled.
+    /// After an error there is none.
+    pub fn event(&mut self, session: &Session) -> Result<Event> {
         let start = Instant::now();
-        let event = self.next_token();
+        let next = self.next_token(session);
         self.stats.time += start.elapsed();
-        match event? {
-            Ok(token) => {
+        match next {
+            Ok(Ok(token)) => {
                 self.stats.tokens += 1;
                 Ok(Event::Token(token))
             }
-            Err(reason) => Ok(Event::Done(self.finish(reason))),
+            Ok(Err(reason)) => Ok(Event::Done(self.finish(reason))),
+            Err(error) => {
+                self.phase = Phase::Over;
+                Err(error)
+            }
         }
     }
 
-    /// Reads the prompt; false if that was cancelled.
-    fn read_prompt(&mut self) -> Result<bool> {
-        let cancel = &self.cancel;
-        let read = self.session.read_while(&self.unread, || !cancel.is_cancelled())?;
-        self.stats.prompt_tokens = read;
-        let whole = read == self.unread.len();
-        self.unread.clear();
-        Ok(whole)
-    }
-
-    /// Reads the token given out last and chooses the next, or says why there is none.
-    fn next_token(&mut self) -> Result<Result<Token, StopReason>> {
+    /// Chooses the next token, or says why there is none.
+    fn next_token(&mut self, session: &Session) -> Result<Result<Token, StopReason>> {
         if self.stops.stopped() {
             return Ok(Err(StopReason::Stop));
         }
-        self.session.read(&self.unread)?;
-        self.unread.clear();
         if self.cancel.is_cancelled() {
             return Ok(Err(StopReason::Cancelled));
         }
         if self.max_tokens == Some(self.stats.tokens) {
             return Ok(Err(StopReason::MaxTokens));
         }
-        let id = self.sampler.sample(self.session.logits(), self.session.tokens())?;
-        if self.session.model().tokenizer().is_eog(id) {
+        let id = self.sampler.sample(session.logits(), session.tokens())?;
+        if session.model().tokenizer().is_eog(id) {
             return Ok(Err(StopReason::Eos));
         }
         self.unread.push(id);
         let text = self.stops.push(self.decoder.push(id)?);
-        let log_prob = self.log_probs.then(|| log_prob(self.session.logits(), id));
+        let log_prob = self.log_probs.then(|| log_prob(session.logits(), id));
         Ok(Ok(Token { id, text, log_prob }))
     }
 
@@ -398,12 +443,12 @@ impl Iterator for Generation<'_> {
     type Item = Result<Event>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.phase == Phase::Over {
+        if self.chooser.is_over() {
             return None;
         }
         let event = self.advance();
         if event.is_err() {
-            self.phase = Phase::Over;
+            self.chooser.phase = Phase::Over;
         }
         Some(event)
     }

@@ -117,6 +117,11 @@ impl OpArgs<'_> {
         self.pool.run(count, &work);
     }
 
+    /// Threads that [`OpArgs::each`] uses.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
     /// Source `index`; the graph's builder gave it.
     pub fn input(&self, index: usize) -> Tensor {
         self.inputs[index].expect("the node was built with this source")
@@ -205,7 +210,10 @@ impl GraphBuilder {
             let caller = sys::ggml_threadpool_new(&mut sys::ggml_threadpool_params_default(1));
             let (context, graph) = (this.context, this.graph);
             let built = Graph { context, graph, allocator, caller, nodes, last, work: Vec::new() };
-            if allocator.is_null() || caller.is_null() || !sys::ggml_gallocr_alloc_graph(allocator, graph.as_ptr()) {
+            if allocator.is_null()
+                || caller.is_null()
+                || !sys::ggml_gallocr_alloc_graph(allocator, graph.as_ptr())
+            {
                 return Err(out_of_memory());
             }
             Ok(built)
@@ -280,7 +288,10 @@ impl Graph {
             sys::ggml_graph_compute(self.graph.as_ptr(), &mut plan)
         };
         if self.nodes.iter().any(|node| node.panicked.load(Ordering::Relaxed)) {
-            return Err(Error::new(ErrorKind::Backend, "a kernel panicked; this session is not usable any more"));
+            return Err(Error::new(
+                ErrorKind::Backend,
+                "a kernel panicked; this session is not usable any more",
+            ));
         }
         if status != sys::GGML_STATUS_SUCCESS {
             return Err(Error::new(

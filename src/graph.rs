@@ -20,7 +20,7 @@ use crate::{
     ggml::{Graph, GraphBuilder, Op, OpArgs, Tensor},
     hparams::{Activation, Hparams},
     kernels::{
-        attention::{self, Run},
+        attention::{self, Decay, Run},
         isa::Isa,
         matmul::{self, Inputs, Outputs, Reads},
         operand::{self, Format},
@@ -36,8 +36,8 @@ use crate::{
 pub(crate) enum Logits {
     /// None: the batch only moves the state on.
     None,
-    /// The last token's.
-    Last,
+    /// So many of the last tokens'.
+    Last(usize),
     /// Every token's.
     All,
 }
@@ -114,7 +114,7 @@ pub(crate) fn build(
             heads: hparams.heads,
             head_dim: hparams.head_dim(),
             theta: layer.theta.clone(),
-            decay: (0..hparams.heads).map(|head| hparams.decay(i, head)).collect(),
+            decay: (0..hparams.heads).map(|head| Decay::new(hparams.decay(i, head))).collect(),
             activation: hparams.activation,
             state_offset,
             batch: batch.clone(),
@@ -130,7 +130,7 @@ pub(crate) fn build(
     }
     let first = match logits {
         Logits::None => return net.builder.finish(x),
-        Logits::Last => tokens - 1,
+        Logits::Last(count) => tokens - count,
         Logits::All => 0,
     };
     net.tokens = tokens - first;
@@ -248,8 +248,16 @@ impl Op for Prepare {
     }
 }
 
-/// Rows of weights that a thread takes at a time: a whole number of the kernels' panels.
-const CHUNK: usize = 64;
+/// Rows of weights that a thread takes at a time, at least: a whole number of the kernels' panels.
+const SMALLEST_CHUNK: usize = 64;
+/// Chunks for each thread, about: enough to even out threads of different speed. More would break up the
+/// stream that a thread reads.
+const CHUNKS_PER_THREAD: usize = 4;
+
+/// Rows in a chunk of a matrix of `rows` rows.
+fn chunk_rows(rows: usize, threads: usize) -> usize {
+    rows.div_ceil(threads * CHUNKS_PER_THREAD).next_multiple_of(SMALLEST_CHUNK)
+}
 
 struct Linear {
     isa: Isa,
@@ -263,8 +271,9 @@ impl Op for Linear {
         let (rows, tokens) = (self.matrix.rows, args.output.len(1));
         let inputs = inputs_of(args, self.matrix.columns, &[self.matrix.dtype]);
         let outputs = Outputs { data: args.output.data(), stride: rows };
-        args.each(rows.div_ceil(CHUNK), |chunk| {
-            let range = chunk * CHUNK..rows.min((chunk + 1) * CHUNK);
+        let size = chunk_rows(rows, args.threads());
+        args.each(rows.div_ceil(size), |chunk| {
+            let range = chunk * size..rows.min((chunk + 1) * size);
             // SAFETY: the input was prepared for this matrix; chunks do not overlap.
             unsafe {
                 with_scratch(|scratch| {
@@ -296,8 +305,9 @@ impl Op for GatedUnit {
         let (rows, tokens) = (self.gate.0.rows, args.output.len(1));
         let inputs = inputs_of(args, self.gate.0.columns, &[self.gate.0.dtype, self.up.0.dtype]);
         let outputs = Outputs { data: args.output.data(), stride: rows };
-        args.each(rows.div_ceil(CHUNK), |chunk| {
-            let range = chunk * CHUNK..rows.min((chunk + 1) * CHUNK);
+        let size = chunk_rows(rows, args.threads());
+        args.each(rows.div_ceil(size), |chunk| {
+            let range = chunk * size..rows.min((chunk + 1) * size);
             // SAFETY: the input was prepared for both matrices; chunks do not overlap; `up` has a chunk's rows
             // for each token, addressed by their numbers in the whole matrix.
             unsafe {
@@ -306,15 +316,15 @@ impl Op for GatedUnit {
                 });
                 add_bias(&self.gate.1, range.clone(), tokens, outputs);
                 UP.with_borrow_mut(|up| {
-                    let up = grown(up, CHUNK * tokens).as_mut_ptr();
-                    let up = Outputs { data: up.wrapping_sub(range.start), stride: CHUNK };
+                    let up = grown(up, size * tokens).as_mut_ptr();
+                    let up = Outputs { data: up.wrapping_sub(range.start), stride: size };
                     with_scratch(|scratch| {
                         matmul::multiply(self.isa, &self.up.0, range.clone(), inputs, up, scratch)
                     });
                     add_bias(&self.up.1, range.clone(), tokens, up);
                     for t in 0..tokens {
                         let gate = outputs.data.add(t * rows + range.start);
-                        let up = up.data.wrapping_add(t * CHUNK + range.start);
+                        let up = up.data.wrapping_add(t * size + range.start);
                         rows::product(self.isa, gate, up, gate, range.len());
                     }
                 });
@@ -330,8 +340,8 @@ struct Attention {
     head_dim: usize,
     /// (heads, head_dim), or empty.
     theta: Vec<f32>,
-    /// r of each head.
-    decay: Vec<f64>,
+    /// One for each head.
+    decay: Vec<Decay>,
     activation: Activation,
     /// Where the layer's state starts in a sequence's state.
     state_offset: usize,
@@ -367,7 +377,7 @@ impl Op for Attention {
                         .filter(|theta| !theta.is_empty())
                         .map_or(std::ptr::null(), <[f32]>::as_ptr),
                     position: segment.position,
-                    decay: self.decay[head],
+                    decay: &self.decay[head],
                     activation: self.activation,
                 };
                 with_scratch(|scratch| attention::attend(self.isa, &run, scratch));

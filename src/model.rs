@@ -1,10 +1,14 @@
 //! A loaded model: immutable, shared by any number of sessions and threads.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use crate::{
     error::{Error, ErrorKind, Result},
-    gguf::{Gguf, Metadata},
+    fingerprint,
+    gguf::{Gguf, Metadata, TensorInfo},
     hparams::Hparams,
     mapping::{LoadMode, Mapping},
     tokenizer::{Tokenizer, Vocab},
@@ -22,7 +26,9 @@ struct Inner {
     hparams: Hparams,
     weights: Weights,
     tokenizer: Tokenizer,
-    file_bytes: u64,
+    file: Arc<Mapping>,
+    tensors: Vec<TensorInfo>,
+    fingerprint: OnceLock<[u8; 32]>,
 }
 
 impl Model {
@@ -63,7 +69,20 @@ impl Model {
 
     /// Bytes of the model file.
     pub fn file_bytes(&self) -> u64 {
-        self.inner.file_bytes
+        self.inner.file.len() as u64
+    }
+
+    /// Identifies the model: a digest of the hyper-parameters, the vocabulary, the tensor table and four pages of
+    /// each tensor. It tells models and their quantizations apart, but does not prove that every weight is intact.
+    /// Computed when first asked for, which reads some megabytes of the file.
+    pub fn fingerprint(&self) -> &[u8; 32] {
+        let Inner { file, metadata, tensors, fingerprint, .. } = &*self.inner;
+        fingerprint.get_or_init(|| fingerprint::of(file, metadata, tensors))
+    }
+
+    /// Whether this is a clone of `other`.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner, &other.inner)
     }
 
     fn from_mapping(file: &Arc<Mapping>) -> Result<Self> {
@@ -82,9 +101,15 @@ impl Model {
             ));
         }
         let tokenizer = Tokenizer::new(vocab)?;
-        let file_bytes = file.len() as u64;
-        Ok(Self {
-            inner: Arc::new(Inner { metadata: gguf.metadata, hparams, weights, tokenizer, file_bytes }),
-        })
+        let inner = Inner {
+            metadata: gguf.metadata,
+            hparams,
+            weights,
+            tokenizer,
+            file: file.clone(),
+            tensors: gguf.tensors,
+            fingerprint: OnceLock::new(),
+        };
+        Ok(Self { inner: Arc::new(inner) })
     }
 }

@@ -31,7 +31,13 @@ pub struct Matrix {
 
 impl Matrix {
     /// A matrix of `rows` rows in ggml's order. Types that have tiles are copied into tile order, others stay.
-    fn from_rows(file: &Arc<Mapping>, range: Range<usize>, dtype: DType, rows: usize, columns: usize) -> Self {
+    fn from_rows(
+        file: &Arc<Mapping>,
+        range: Range<usize>,
+        dtype: DType,
+        rows: usize,
+        columns: usize,
+    ) -> Self {
         let mut matrix = Self { file: file.clone(), range, dtype, rows, columns };
         if tiles::tileable(dtype) {
             let tile_bytes = tiles::ROWS * matrix.row_bytes();
@@ -136,7 +142,8 @@ impl Weights {
             None => false,
             Some(rows) if rows as usize == tiles::ROWS => true,
             Some(rows) => {
-                let message = format!("{TILE_ROWS_KEY}: {rows}; this build reads tiles of {} rows", tiles::ROWS);
+                let message =
+                    format!("{TILE_ROWS_KEY}: {rows}; this build reads tiles of {} rows", tiles::ROWS);
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
         };

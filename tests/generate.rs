@@ -136,7 +136,8 @@ fn cancelling_leaves_the_session_at_a_token_boundary() {
 
 #[test]
 fn a_prompt_can_be_cancelled_between_blocks() {
-    let mut session = Session::new(model(), &SessionOptions { threads: 1, block: 2 }).unwrap();
+    let options = SessionOptions { threads: 1, block: 2, ..Default::default() };
+    let mut session = Session::new(model(), &options).unwrap();
     let prompt = [300, 301, 302, 303, 304];
     let mut asked = 0;
     let read = session.read_while(&prompt, || {

@@ -43,9 +43,12 @@ fn an_empty_text_changes_nothing() {
 #[test]
 fn impossible_options_are_refused() {
     let model = Case::open(A).model();
-    for (threads, block) in [(1, 0), (10_000, 256), (usize::MAX, 256)] {
-        let Err(error) = Session::new(&model, &SessionOptions { threads, block }) else {
-            panic!("{threads} threads and blocks of {block} are possible");
+    for (threads, block, ledger) in
+        [(1, 0, 1), (10_000, 256, 1), (usize::MAX, 256, 1), (1, 256, (1 << 24) + 1), (1, 256, usize::MAX)]
+    {
+        let options = SessionOptions { threads, block, ledger, ..SessionOptions::default() };
+        let Err(error) = Session::new(&model, &options) else {
+            panic!("{options:?} is possible");
         };
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     }
@@ -77,4 +80,21 @@ fn reset_forgets_everything() {
     assert_eq!((session.tokens(), session.logits()), (&[][..], &[][..]));
     session.read(&[9, 8, 7]).unwrap();
     assert_eq!(session.logits(), logits);
+}
+
+#[test]
+fn the_ledger_names_the_newest_tokens() {
+    let model = Case::open(A).model();
+    for ledger in [0, 1, 5] {
+        let options = SessionOptions { threads: 1, block: 4, ledger, ..SessionOptions::default() };
+        let (mut short, mut long) = (Session::new(&model, &options).unwrap(), session(&model, 4, 1));
+        let ids: Vec<u32> = (3..60).collect();
+        for part in ids.chunks(19) {
+            short.read(part).unwrap();
+            long.read(part).unwrap();
+            assert_eq!(short.tokens(), &long.tokens()[long.tokens().len().saturating_sub(ledger)..]);
+        }
+        assert_eq!((short.position(), long.tokens()), (57, &ids[..]));
+        assert!(short.state() == long.state() && short.logits() == long.logits());
+    }
 }

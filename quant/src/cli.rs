@@ -28,6 +28,10 @@ pub struct Args {
     #[arg(long)]
     pub force: bool,
 
+    /// Write quantized rows in ggml's order, for other GGUF tools; the engine then copies the weights as it loads
+    #[arg(long)]
+    pub plain: bool,
+
     /// Threads that quantize [default: one for each core]
     #[arg(long, value_name = "N")]
     pub threads: Option<NonZero<u16>>,

@@ -15,6 +15,7 @@ use transnormer::{
     error::{Error, ErrorKind, Result},
     ggml,
     gguf::{Metadata, Writer},
+    tiles,
 };
 
 use crate::{
@@ -50,7 +51,8 @@ pub fn convert(
     for tensor in &plan.tensors {
         progress.set_message(tensor.name.clone());
         let row_len = tensor.row_len();
-        let piece_len = (PIECE / row_len).max(1) * row_len;
+        let piece_len =
+            (PIECE / row_len).next_multiple_of(tiles::ROWS as u64).max(tiles::ROWS as u64) * row_len;
         let chunk_len = piece_len * PIECES_PER_THREAD * threads as u64;
         for start in (0..tensor.source.elements).step_by(chunk_len as usize) {
             if cancel.load(Ordering::Relaxed) {
@@ -161,5 +163,14 @@ fn convert_piece(
         return Err(if value.is_finite() { Fault::TooLarge(at, value) } else { Fault::NotFinite(at, value) });
     }
     piece.clear();
-    ggml::quantize(tensor.dtype, values, tensor.row_len() as usize, None, piece).map_err(Fault::Other)
+    ggml::quantize(tensor.dtype, values, tensor.row_len() as usize, None, piece).map_err(Fault::Other)?;
+    if tensor.tiled {
+        let tile_bytes = tiles::ROWS * (piece.len() / (values.len() / tensor.row_len() as usize));
+        let mut tile = vec![0; tile_bytes];
+        for rows in piece.chunks_exact_mut(tile_bytes) {
+            tiles::to_tile(tensor.dtype, rows, &mut tile);
+            rows.copy_from_slice(&tile);
+        }
+    }
+    Ok(())
 }

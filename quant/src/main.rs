@@ -51,6 +51,7 @@ fn run(args: &Args) -> Result<()> {
         );
     }
     let plan = Plan::new(&checkpoint, head, args.preset)?;
+    let plan = if args.plain { plan } else { plan.in_tiles() };
     let vocab = tokenizer::read(checkpoint.dir(), checkpoint.config())?;
     let metadata = metadata::build(&checkpoint, &plan, &vocab)?;
     let out = match &args.out {

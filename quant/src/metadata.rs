@@ -6,7 +6,9 @@ use transnormer::{
     error::Result,
     gguf::{Array, Metadata},
     hparams::{ARCHITECTURE, Hparams},
+    tiles,
     tokenizer::Vocab,
+    weights::TILE_ROWS_KEY,
 };
 
 use crate::{
@@ -39,6 +41,9 @@ pub fn build(checkpoint: &Checkpoint, plan: &Plan, vocab: &Vocab) -> Result<Meta
     metadata.insert("general.quantization_version", QUANTIZATION_VERSION);
     metadata.insert("general.alignment", ALIGNMENT);
     insert_hparams(&mut metadata, checkpoint.config(), plan.head == Head::Tied);
+    if plan.tensors.iter().any(|tensor| tensor.tiled) {
+        metadata.insert(TILE_ROWS_KEY, tiles::ROWS as u32);
+    }
     vocab.to_metadata(&mut metadata)?;
     // The engine's own check: what it would refuse to load is not written.
     Hparams::from_metadata(&metadata)?;

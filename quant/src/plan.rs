@@ -6,6 +6,7 @@ use transnormer::{
     dtype::DType,
     error::{Error, ErrorKind, Result},
     gguf::TensorSpec,
+    tiles,
 };
 
 use crate::{
@@ -59,6 +60,8 @@ pub struct PlannedTensor {
     pub wanted: DType,
     /// The type that is written; another than `wanted` where the rows are not whole blocks of that.
     pub dtype: DType,
+    /// Whether its rows are written in tiles of 16, the order that the engine reads without a copy.
+    pub tiled: bool,
     /// Size in the file, without padding.
     pub bytes: u64,
 }
@@ -106,6 +109,7 @@ impl Plan {
                     shape,
                     wanted,
                     dtype,
+                    tiled: false,
                     bytes,
                 })
             })
@@ -113,6 +117,17 @@ impl Plan {
         let tensors = tensors?;
         refuse_unexpected(checkpoint, &expected)?;
         Ok(Self { preset, tensors, head })
+    }
+
+    /// Has every tensor that can be in tiles written so ([`transnormer::tiles`]). Only this engine reads such
+    /// a file; without this call the rows are in ggml's order, and the engine puts them into tiles as it loads.
+    #[must_use]
+    pub fn in_tiles(mut self) -> Self {
+        for tensor in &mut self.tensors {
+            let rows = tensor.source.elements / tensor.row_len();
+            tensor.tiled = tiles::stored_in_tiles(tensor.dtype, rows as usize);
+        }
+        self
     }
 
     /// Number of parameters.

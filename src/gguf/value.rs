@@ -211,7 +211,7 @@ impl Value {
     }
 
     /// Appends the type number and the value as they stand in a file.
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         match self {
             Value::U8(x) => put(out, tag::U8, &x.to_le_bytes()),
             Value::I8(x) => put(out, tag::I8, &x.to_le_bytes()),

@@ -1,23 +1,13 @@
 //! Writing a GGUF file as a stream. The file appears under its name complete, or not at all.
 
-use std::{
-    ffi::{OsStr, OsString},
-    fs::{self, OpenOptions, TryLockError},
-    io::{self, BufWriter, Write},
-    path::{Path, PathBuf},
-};
-
-use tempfile::NamedTempFile;
+use std::path::Path;
 
 use super::{Gguf, MAGIC, Metadata, ReadError, TensorInfo, VERSION, read, value::put_str};
 use crate::{
+    atomic_file::AtomicFile,
     dtype::DType,
     error::{Error, ErrorKind, Result},
 };
-
-/// Temporary files are called `.NAME.RANDOM.tmp`, NAME being that of the target.
-const TEMP_SUFFIX: &str = ".tmp";
-const TEMP_RANDOM_LEN: usize = 12;
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,19 +22,15 @@ pub struct TensorSpec {
 
 /// Writes one GGUF file, tensor after tensor.
 ///
-/// The bytes go to a temporary file beside the target, so that a crash, a full disk or a dropped writer
-/// leaves what was there before. A dropped writer removes its temporary file; that of a killed process is
-/// removed when the same target is next written.
+/// A crash, a full disk or a dropped writer leaves what was there before. A dropped writer removes its temporary
+/// file; that of a killed process is removed when the same target is next written.
 #[derive(Debug)]
 pub struct Writer {
-    target: PathBuf,
-    out: BufWriter<NamedTempFile>,
+    out: AtomicFile,
     /// In file order, with the places that their data will take.
     tensors: Vec<TensorInfo>,
     /// Index of the tensor being written.
     current: usize,
-    /// Bytes written so far.
-    position: u64,
     /// Bytes of the complete file.
     file_len: u64,
 }
@@ -61,22 +47,9 @@ impl Writer {
         let (header, file_len) = plan(metadata, tensors).map_err(invalid)?;
         // Reading our own header back keeps every rule in one place: nothing is written that cannot be read.
         let gguf = Gguf::parse_header(&header, file_len).map_err(invalid)?;
-        let name = path.file_name().ok_or_else(|| misuse(path, "not a file name"))?;
-        if path.is_dir() {
-            return Err(misuse(path, "is a directory"));
-        }
-        let dir = directory(path);
-        remove_stale(dir, name);
-        let temp = create_locked(dir, name).map_err(|error| Error::io(path, error))?;
-        let mut writer = Self {
-            target: path.to_owned(),
-            out: BufWriter::with_capacity(1 << 20, temp),
-            tensors: gguf.tensors,
-            current: 0,
-            position: 0,
-            file_len,
-        };
-        writer.put(&header)?;
+        let out = AtomicFile::create(path)?;
+        let mut writer = Self { out, tensors: gguf.tensors, current: 0, file_len };
+        writer.out.write(&header)?;
         writer.pad_to(gguf.data_offset)?;
         Ok(writer)
     }
@@ -92,17 +65,17 @@ impl Writer {
             return Ok(());
         }
         let Some(tensor) = self.tensors.get(self.current) else {
-            return Err(misuse(&self.target, "data after the last tensor"));
+            return Err(misuse(self.out.target(), "data after the last tensor"));
         };
         let end = tensor.offset + tensor.nbytes;
-        let room = end - self.position;
+        let room = end - self.out.position();
         if bytes.len() as u64 > room {
             let (name, len) = (&tensor.name, bytes.len());
             let what = format_args!("tensor '{name}' has room for {room} more bytes, got {len}");
-            return Err(misuse(&self.target, what));
+            return Err(misuse(self.out.target(), what));
         }
-        self.put(bytes)?;
-        if self.position == end {
+        self.out.write(bytes)?;
+        if self.out.position() == end {
             self.current += 1;
             let next = self.tensors.get(self.current).map_or(self.file_len, |tensor| tensor.offset);
             self.pad_to(next)?;
@@ -116,25 +89,18 @@ impl Writer {
     /// [`InvalidArgument`](ErrorKind::InvalidArgument) if data are missing, [`Io`](ErrorKind::Io) if the
     /// system refuses; either way the target is the old file or the complete new one.
     pub fn finish(self) -> Result<u64> {
-        let Self { target, out, tensors, current, position, file_len } = self;
-        if let Some(TensorInfo { name, offset, nbytes, .. }) = tensors.get(current) {
-            let missing = offset + nbytes - position;
-            return Err(misuse(&target, format_args!("tensor '{name}' lacks {missing} bytes")));
+        if let Some(TensorInfo { name, offset, nbytes, .. }) = self.tensors.get(self.current) {
+            let missing = offset + nbytes - self.out.position();
+            return Err(misuse(self.out.target(), format_args!("tensor '{name}' lacks {missing} bytes")));
         }
-        publish(out, &target, file_len).map_err(|error| Error::io(&target, error))?;
-        Ok(file_len)
-    }
-
-    fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|error| Error::io(&self.target, error))?;
-        self.position += bytes.len() as u64;
-        Ok(())
+        self.out.finish()?;
+        Ok(self.file_len)
     }
 
     /// Zeros up to `offset`, which is less than one alignment away.
     fn pad_to(&mut self, offset: u64) -> Result<()> {
-        let zeros = vec![0; (offset - self.position) as usize];
-        self.put(&zeros)
+        let zeros = vec![0; (offset - self.out.position()) as usize];
+        self.out.write(&zeros)
     }
 }
 
@@ -168,84 +134,14 @@ fn plan(metadata: &Metadata, tensors: &[TensorSpec]) -> Result<(Vec<u8>, u64), R
     Ok((header, data_offset + data_len))
 }
 
-/// Everything to disk, then the new name in one step, then the name to disk.
-fn publish(out: BufWriter<NamedTempFile>, target: &Path, file_len: u64) -> io::Result<()> {
-    let temp = out.into_inner()?;
-    let written = temp.as_file().metadata()?.len();
-    if written != file_len {
-        // An earlier write failed half-way and the caller went on.
-        return Err(io::Error::other(format!("{written} bytes reached the disk instead of {file_len}")));
-    }
-    temp.as_file().sync_all()?;
-    temp.persist(target)?;
-    #[cfg(unix)]
-    fs::File::open(directory(target))?.sync_all()?;
-    Ok(())
-}
-
-/// A new temporary file for the target `name` in `dir`, locked for as long as it is open.
-fn create_locked(dir: &Path, name: &OsStr) -> io::Result<NamedTempFile> {
-    const ATTEMPTS: usize = 16;
-    let mut builder = tempfile::Builder::new();
-    let prefix = temp_prefix(name);
-    builder.prefix(&prefix).suffix(TEMP_SUFFIX).rand_bytes(TEMP_RANDOM_LEN);
-    // The file becomes the target: it gets an ordinary file's permissions, not those of a private one.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    for _ in 0..ATTEMPTS {
-        let temp = builder.tempfile_in(dir)?;
-        match temp.as_file().try_lock() {
-            Ok(()) if temp.path().try_exists()? => return Ok(temp),
-            // Another writer of this target saw the file before it was locked, and took it for stale.
-            Ok(()) | Err(TryLockError::WouldBlock) => {}
-            // Without locks nothing is ever taken for stale.
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => return Ok(temp),
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::ResourceBusy, "cannot lock a temporary file"))
-}
-
-/// Removes the temporary files of killed writers of this target: those that nobody holds a lock on.
-/// What cannot be listed, opened or removed stays, as it does not stand in the way of the new file.
-fn remove_stale(dir: &Path, name: &OsStr) {
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
-        if !is_temp_of(&entry.file_name(), name) || !entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            continue;
-        }
-        if let Ok(file) = OpenOptions::new().write(true).open(entry.path())
-            && file.try_lock().is_ok()
-        {
-            let _ = fs::remove_file(entry.path());
-        }
-    }
-}
-
-fn is_temp_of(file: &OsStr, name: &OsStr) -> bool {
-    let random = file
-        .as_encoded_bytes()
-        .strip_prefix(temp_prefix(name).as_encoded_bytes())
-        .and_then(|rest| rest.strip_suffix(TEMP_SUFFIX.as_bytes()));
-    random.is_some_and(|r| r.len() == TEMP_RANDOM_LEN && r.iter().all(u8::is_ascii_alphanumeric))
-}
-
-fn temp_prefix(name: &OsStr) -> OsString {
-    let mut prefix = OsString::from(".");
-    prefix.push(name);
-    prefix.push(".");
-    prefix
-}
-
-fn directory(path: &Path) -> &Path {
-    path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 fn misuse(target: &Path, what: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::InvalidArgument, format_args!("{}: {what}", target.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use proptest::{collection::vec, prelude::*};
 
     use super::{super::Value, *};
@@ -370,15 +266,6 @@ mod tests {
         assert_eq!(names(dir.path()), ["m.gguf"]);
         assert_eq!(fs::read(&path).unwrap(), b"old");
 
-        // As after a write that failed half-way and was tried again.
-        let mut writer = Writer::create(&path, &Metadata::new(), &specs).unwrap();
-        writer.out.get_mut().write_all(b"stray").unwrap();
-        writer.write(&[1; 32]).unwrap();
-        writer.write(&[2; 8]).unwrap();
-        assert_eq!(writer.finish().unwrap_err().kind(), ErrorKind::Io);
-        assert_eq!(names(dir.path()), ["m.gguf"]);
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-
         let mut writer = Writer::create(&path, &Metadata::new(), &specs).unwrap();
         writer.write(&[1; 32]).unwrap();
         writer.write(&[2; 8]).unwrap();
@@ -440,46 +327,5 @@ mod tests {
         }
         let error = Writer::create(&dir.path().join("no/m.gguf"), &none, &[]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io);
-    }
-
-    #[test]
-    fn a_killed_writers_file_is_removed_and_a_living_ones_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("m.gguf");
-        let kept = [
-            ".m.gguf.backup.tmp",        // not twelve characters
-            ".m.gguf.abcdef.12345.tmp",  // not alphanumeric
-            ".m.gguf.Abcdef123456.temp", // not our suffix
-            ".n.gguf.Abcdef123456.tmp",  // another target
-            "m.gguf.Abcdef123456.tmp",
-        ];
-        kept.iter().for_each(|name| fs::write(dir.path().join(name), "").unwrap());
-        fs::write(dir.path().join(".m.gguf.Abcdef123456.tmp"), "half a model").unwrap();
-
-        let specs = [spec("a", &[1], DType::F32)];
-        let mut living = Writer::create(&path, &Metadata::new(), &specs).unwrap();
-        assert!(!dir.path().join(".m.gguf.Abcdef123456.tmp").exists());
-        let mut second = Writer::create(&path, &Metadata::new(), &specs).unwrap();
-        second.write(&[2; 4]).unwrap();
-        second.finish().unwrap();
-        living.write(&[1; 4]).unwrap();
-        living.finish().unwrap();
-
-        let gguf = Gguf::parse(&fs::read(&path).unwrap()).unwrap();
-        assert_eq!(fs::read(&path).unwrap()[gguf.data_offset as usize..][..4], [1; 4], "the last one wins");
-        let mut expected = kept.to_vec();
-        expected.push("m.gguf");
-        expected.sort();
-        assert_eq!(names(dir.path()), expected);
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn the_file_has_ordinary_permissions() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("plain"), "").unwrap();
-        Writer::create(&dir.path().join("m"), &Metadata::new(), &[]).unwrap().finish().unwrap();
-        let permissions = |name| fs::metadata(dir.path().join(name)).unwrap().permissions();
-        assert_eq!(permissions("m"), permissions("plain"));
     }
 }

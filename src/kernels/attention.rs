@@ -27,7 +27,7 @@ pub(crate) const BLOCK: usize = 64;
 const SHORTEST_BLOCK: usize = 8;
 
 /// One head over a run of tokens. The pointers step by `stride` floats from token to token.
-pub(crate) struct Run {
+pub(crate) struct Run<'a> {
     /// Projections before the activation function, (tokens, head_dim) each.
     pub q: *const f32,
     pub k: *const f32,
@@ -46,12 +46,35 @@ pub(crate) struct Run {
     pub theta: *const f32,
     /// Position of the first token.
     pub position: u64,
-    /// r, where the state decays by λ = exp(-r) with each token.
-    pub decay: f64,
+    pub decay: &'a Decay,
     pub activation: Activation,
 }
 
-impl Run {
+/// A head's decay: its state shrinks by λ = exp(-r) with each token.
+pub(crate) struct Decay {
+    /// r
+    rate: f64,
+    /// λ - 1: in the last layers λ is so near 1 that rounding it to f32 would change the decay by a percent, and
+    /// λS is computed as S + (λ - 1) S.
+    less_one: f32,
+    /// λ^(BLOCK-1-i) for i below BLOCK, then BLOCK zeros: row a of the mask D starts at BLOCK-1-a.
+    powers: [f32; 2 * BLOCK],
+}
+
+impl Decay {
+    /// The decay of rate `r`.
+    pub fn new(r: f64) -> Self {
+        let power = |i: usize| if i < BLOCK { (-r * (BLOCK - 1 - i) as f64).exp() as f32 } else { 0.0 };
+        Self { rate: r, less_one: (-r).exp_m1() as f32, powers: std::array::from_fn(power) }
+    }
+
+    /// λ^n for n below BLOCK.
+    fn power(&self, n: usize) -> f32 {
+        self.powers[BLOCK - 1 - n]
+    }
+}
+
+impl Run<'_> {
     fn key_dim(&self) -> usize {
         if self.theta.is_null() { self.head_dim } else { 2 * self.head_dim }
     }
@@ -61,7 +84,7 @@ impl Run {
 ///
 /// # Safety
 /// The pointers of `run` are valid for its shapes and nothing else writes to them meanwhile.
-pub(crate) unsafe fn attend(isa: Isa, run: &Run, scratch: &mut Vec<f32>) {
+pub(crate) unsafe fn attend(isa: Isa, run: &Run<'_>, scratch: &mut Vec<f32>) {
     // SAFETY: the caller's promise; narrower vectors are part of every wider instruction set.
     unsafe {
         match narrowed(isa, run.head_dim) {
@@ -72,7 +95,7 @@ pub(crate) unsafe fn attend(isa: Isa, run: &Run, scratch: &mut Vec<f32>) {
 }
 
 dispatch! {
-    unsafe fn attend_dispatched(run: &Run, scratch: &mut Vec<f32>) = attend_of;
+    unsafe fn attend_dispatched(run: &Run<'_>, scratch: &mut Vec<f32>) = attend_of;
 }
 
 /// The widest instruction set whose registers divide the head.
@@ -87,10 +110,9 @@ fn narrowed(isa: Isa, head_dim: usize) -> Option<Isa> {
 }
 
 #[inline(always)]
-unsafe fn attend_of<S: Simd>(run: &Run, scratch: &mut Vec<f32>) {
+unsafe fn attend_of<S: Simd>(run: &Run<'_>, scratch: &mut Vec<f32>) {
     let (d, dk) = (run.head_dim, run.key_dim());
     let mut buffers = Buffers::carve(scratch, d, dk);
-    buffers.fill_decay(run.decay);
     let mut start = 0;
     while start < run.tokens {
         let left = run.tokens - start;
@@ -120,15 +142,13 @@ struct Buffers<'a> {
     v: &'a mut [f32],
     /// Scores with their decay, (BLOCK, BLOCK).
     scores: &'a mut [f32],
-    /// λ^(BLOCK-1-i) for i below BLOCK, then BLOCK zeros: row a of the decay mask D starts at BLOCK-1-a.
-    decay: &'a mut [f32],
     /// Cosines and sines of one position's angles, (2, d).
     angles: &'a mut [f32],
 }
 
 impl<'a> Buffers<'a> {
     fn carve(scratch: &'a mut Vec<f32>, d: usize, dk: usize) -> Self {
-        let sizes = [BLOCK * dk, dk, dk * BLOCK, BLOCK * d, BLOCK * BLOCK, 2 * BLOCK, 2 * d];
+        let sizes = [BLOCK * dk, dk, dk * BLOCK, BLOCK * d, BLOCK * BLOCK, 2 * d];
         let total = sizes.iter().sum();
         if scratch.len() < total {
             scratch.resize(total, 0.0);
@@ -139,26 +159,15 @@ impl<'a> Buffers<'a> {
             rest = tail;
             head
         };
-        let [q, k, kt, v, scores, decay, angles] = sizes.map(&mut take);
-        Self { q, k, kt, v, scores, decay, angles }
-    }
-
-    fn fill_decay(&mut self, r: f64) {
-        for (i, value) in self.decay.iter_mut().enumerate() {
-            *value = if i < BLOCK { (-r * (BLOCK - 1 - i) as f64).exp() as f32 } else { 0.0 };
-        }
-    }
-
-    /// λ^n for n below BLOCK.
-    fn power(&self, n: usize) -> f32 {
-        self.decay[BLOCK - 1 - n]
+        let [q, k, kt, v, scores, angles] = sizes.map(&mut take);
+        Self { q, k, kt, v, scores, angles }
     }
 }
 
 /// Activates token `t`'s query into `buffers.q[row]` and its key into `buffers.k`, with LRPE where the layer has it:
 /// `x → [x·cos(θp), x·sin(θp)]` (SPEC section 3.1, step 3).
 #[inline(always)]
-unsafe fn prepare<S: Simd>(run: &Run, t: usize, row: usize, buffers: &mut Buffers<'_>) {
+unsafe fn prepare<S: Simd>(run: &Run<'_>, t: usize, row: usize, buffers: &mut Buffers<'_>) {
     let (d, dk) = (run.head_dim, run.key_dim());
     let q = buffers.q[row * dk..][..dk].as_mut_ptr();
     let k = buffers.k.as_mut_ptr();
@@ -193,7 +202,7 @@ pub(crate) fn fill_angles(theta: &[f32], position: u64, cos: &mut [f32], sin: &m
 }
 
 #[inline(always)]
-unsafe fn recurrent_step<S: Simd>(run: &Run, t: usize, buffers: &mut Buffers<'_>) {
+unsafe fn recurrent_step<S: Simd>(run: &Run<'_>, t: usize, buffers: &mut Buffers<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
         prepare::<S>(run, t, 0, buffers);
@@ -213,7 +222,7 @@ unsafe fn recurrent_step<S: Simd>(run: &Run, t: usize, buffers: &mut Buffers<'_>
 /// `C` registers of columns of one recurrent step: the state is read and written once.
 #[inline(always)]
 unsafe fn recurrent_columns<S: Simd, const C: usize>(
-    run: &Run,
+    run: &Run<'_>,
     t: usize,
     column: usize,
     buffers: &Buffers<'_>,
@@ -221,7 +230,7 @@ unsafe fn recurrent_columns<S: Simd, const C: usize>(
     let d = run.head_dim;
     // SAFETY: column + C * LANES <= d; the state is (dk, d).
     unsafe {
-        let lambda = S::splat(buffers.power(1));
+        let less = S::splat(run.decay.less_one);
         let v = run.v.add(t * run.stride + column);
         let (mut value, mut o) = ([S::splat(0.0); C], [S::splat(0.0); C]);
         for (c, value) in value.iter_mut().enumerate() {
@@ -232,7 +241,7 @@ unsafe fn recurrent_columns<S: Simd, const C: usize>(
             let (q, k) = (S::splat(*buffers.q.get_unchecked(i)), S::splat(*buffers.k.get_unchecked(i)));
             for c in 0..C {
                 let s = S::load(state.add(c * S::LANES));
-                let s = S::fma(k, value[c], S::mul(lambda, s));
+                let s = S::fma(k, value[c], S::fma(less, s, s));
                 S::store(state.add(c * S::LANES), s);
                 o[c] = S::fma(q, s, o[c]);
             }
@@ -245,7 +254,7 @@ unsafe fn recurrent_columns<S: Simd, const C: usize>(
 }
 
 #[inline(always)]
-unsafe fn block<S: Simd>(run: &Run, start: usize, m: usize, buffers: &mut Buffers<'_>) {
+unsafe fn block<S: Simd>(run: &Run<'_>, start: usize, m: usize, buffers: &mut Buffers<'_>) {
     let (d, dk) = (run.head_dim, run.key_dim());
     // SAFETY: the caller's promise; all tiles stay inside (m, dk), (dk, BLOCK), (m, d) and (dk, d).
     unsafe {
@@ -254,7 +263,7 @@ unsafe fn block<S: Simd>(run: &Run, start: usize, m: usize, buffers: &mut Buffer
             for (i, k) in buffers.k.iter().enumerate() {
                 *buffers.kt.get_unchecked_mut(i * BLOCK + a) = *k;
             }
-            let (v, scale) = (run.v.add((start + a) * run.stride), S::splat(buffers.power(m - 1 - a)));
+            let (v, scale) = (run.v.add((start + a) * run.stride), S::splat(run.decay.power(m - 1 - a)));
             let scaled = buffers.v.as_mut_ptr().add(a * d);
             for j in (0..d).step_by(S::LANES) {
                 S::store(scaled.add(j), S::mul(scale, S::load(v.add(j))));
@@ -266,7 +275,7 @@ unsafe fn block<S: Simd>(run: &Run, start: usize, m: usize, buffers: &mut Buffer
             buffers.kt[i * BLOCK + m..i * BLOCK + padded].fill(0.0);
         }
         let (q, kt, scores) = (buffers.q.as_ptr(), buffers.kt.as_ptr(), buffers.scores.as_mut_ptr());
-        let decay = buffers.decay.as_ptr();
+        let decay = run.decay.powers.as_ptr();
         tiles::<S>(m, padded, &Scores { q, kt, decay, scores, dk });
         let v = run.v.add(start * run.stride);
         let out = run.out.add(start * run.out_stride);
@@ -275,7 +284,14 @@ unsafe fn block<S: Simd>(run: &Run, start: usize, m: usize, buffers: &mut Buffer
         tiles::<S>(
             dk,
             d,
-            &States { kt, v: scaled_v, state: run.state, decay: (-run.decay * m as f64).exp() as f32, m, d },
+            &States {
+                kt,
+                v: scaled_v,
+                state: run.state,
+                decay: (-run.decay.rate * m as f64).exp() as f32,
+                m,
+                d,
+            },
         );
     }
 }
@@ -320,7 +336,7 @@ struct Outputs<'a> {
     scores: *const f32,
     decay: *const f32,
     v: *const f32,
-    run: &'a Run,
+    run: &'a Run<'a>,
     out: *mut f32,
     m: usize,
     dk: usize,

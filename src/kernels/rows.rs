@@ -64,7 +64,12 @@ unsafe fn gated_norm_of<S: Simd>(o: *const f32, u: *const f32, y: *mut f32, len:
     unsafe {
         let scale = norm_scale::<S>(o, len);
         let normed = S::splat(scale);
-        for_row!(y, len, |i| S::mul(S::load(u.add(i)), S::mul(S::load(o.add(i)), normed)), *u.add(i) * (*o.add(i) * scale));
+        for_row!(
+            y,
+            len,
+            |i| S::mul(S::load(u.add(i)), S::mul(S::load(o.add(i)), normed)),
+            *u.add(i) * (*o.add(i) * scale)
+        );
     }
 }
 

@@ -131,6 +131,20 @@ pub fn synthetic_model(config: &serde_json::Value, seed: u64, checkpoint: DType,
     convert(folder.path(), preset)
 }
 
+/// A model so small that hundreds of texts, and every bit of a snapshot, can be tried: 128 tokens.
+pub fn small_model(seed: u64) -> Model {
+    let config = serde_json::json!({
+        "vocab_size": 128, "decoder_embed_dim": 8, "hidden_dim": 8, "decoder_layers": 2,
+        "decoder_attention_heads": 2, "glu_dim": 16, "linear_use_lrpe_list": [1, 0],
+        "linear_act_fun": "swish", "norm_type": "simplermsnorm", "bias": false,
+        "no_scale_embedding": false, "tie_word_embeddings": true, "add_bos_token": false,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "model_type": "transnormer",
+        "architectures": ["TransnormerForCausalLM"], "torch_dtype": "float32", "use_cache": true,
+        "init_std": 0.02,
+    });
+    synthetic_model(&config, seed, DType::F32, Preset::F32)
+}
+
 /// The model of a checkpoint folder, through the library behind `tn-quantize`.
 pub fn convert(checkpoint: &Path, preset: Preset) -> Model {
     let folder = TempDir::new().expect("there is room for temporary files");
@@ -156,7 +170,8 @@ pub fn turn() -> MutexGuard<'static, ()> {
 
 /// A session with prompts in blocks of `block` tokens.
 pub fn session(model: &Model, block: usize, threads: usize) -> Session {
-    Session::new(model, &SessionOptions { threads, block }).expect("valid options")
+    Session::new(model, &SessionOptions { threads, block, ..SessionOptions::default() })
+        .expect("valid options")
 }
 
 /// Logits after each of `tokens`, one row after the other.

@@ -9,9 +9,11 @@ use std::{
 
 use clap::value_parser;
 use serde::Serialize;
-use transnormer::{DType, Isa, Model, Session, SessionOptions};
+use transnormer::{DType, Isa, Model, Session, SessionOptions, weights::Matrix};
 
 use crate::shared::{Bytes, Failure, count, open, threads};
+
+mod limit;
 
 /// Measures tokens per second
 #[derive(Debug, clap::Args)]
@@ -53,7 +55,11 @@ Examples:
 
 Tests: pp512 reads 512 tokens at once, tg128 computes 128 tokens one by one. At a depth (\"@ d4096\") that many
 tokens are read first, outside the measured time; tests and repetitions go on from there. t/s is mean ±
-standard deviation.";
+standard deviation.
+
+GB/s is the memory that generating reads and writes: the weights once and the state twice per token; \"of limit\"
+is its share of the speed at which as many threads read the same weights without computing, measured in this
+run. GOP/s counts multiplications and additions with weights while reading a prompt. All are from the median.";
 
 /// One row of the result; names are those of llama-bench where it has the field.
 #[derive(Debug, Serialize)]
@@ -62,6 +68,10 @@ struct Row {
     model_type: String,
     model_size: u64,
     model_n_params: u64,
+    /// Bytes of weights that each generated token reads.
+    weight_bytes: u64,
+    /// Bytes of state that each token reads and writes.
+    state_bytes: u64,
     backend: String,
     n_threads: usize,
     n_prompt: usize,
@@ -72,6 +82,12 @@ struct Row {
     median_ts: f64,
     samples_ns: Vec<u64>,
     samples_ts: Vec<f64>,
+    /// Only of generating.
+    gb_per_s: Option<f64>,
+    /// What reading the weights alone reaches.
+    limit_gb_per_s: f64,
+    /// Only of prompts.
+    gop_per_s: Option<f64>,
 }
 
 /// What is measured.
@@ -91,14 +107,14 @@ pub fn run(args: &Args) -> Result<(), Failure> {
     let all_cores = [0];
     for &threads in if args.threads.is_empty() { &all_cores[..] } else { &args.threads } {
         let options = SessionOptions { threads, ..Default::default() };
-        let mut bench = Bench { session: Session::new(&model, &options)?, ids: Ids(0) };
+        let mut bench = Bench::new(Session::new(&model, &options)?);
         for &depth in &args.n_depth {
             bench.descend(depth)?;
             let prompts = args.n_prompt.iter().map(|&n| Test::Prompt(n));
             let tests = prompts.chain(args.n_gen.iter().map(|&n| Test::Generate(n)));
             for test in tests.filter(|test| test.tokens() > 0) {
                 let samples = bench.measure(test, depth, args.repetitions)?;
-                let row = row(args, &bench.session, test, depth, &samples);
+                let row = row(args, &bench, test, depth, &samples);
                 if !args.json {
                     line(&mut out, &row)?;
                 }
@@ -124,9 +140,17 @@ impl Test {
 struct Bench {
     session: Session,
     ids: Ids,
+    /// Bytes per second.
+    limit: f64,
 }
 
 impl Bench {
+    fn new(session: Session) -> Self {
+        let weights: Vec<&[u8]> = token_matrices(session.model()).map(Matrix::bytes).collect();
+        let limit = limit::read_speed(&weights, session.threads());
+        Self { session, ids: Ids(0), limit }
+    }
+
     /// Reads `depth` tokens from the start.
     fn descend(&mut self, depth: usize) -> Result<(), Failure> {
         self.session.reset();
@@ -180,18 +204,25 @@ impl Ids {
     }
 }
 
-fn row(args: &Args, session: &Session, test: Test, depth: usize, samples: &[Duration]) -> Row {
+fn row(args: &Args, bench: &Bench, test: Test, depth: usize, samples: &[Duration]) -> Row {
+    let session = &bench.session;
     let model = session.model();
     let speeds: Vec<f64> = samples.iter().map(|t| test.tokens() as f64 / t.as_secs_f64().max(1e-9)).collect();
     let (n_prompt, n_gen) = match test {
         Test::Prompt(n) => (n, 0),
         Test::Generate(n) => (0, n),
     };
+    let median_ts = median(&speeds);
+    let weight_bytes = token_matrices(model).map(|matrix| matrix.bytes().len() as u64).sum();
+    let state_bytes = session.state().bytes() as u64;
+    let token_bytes = (weight_bytes + 2 * state_bytes) as f64;
     Row {
         model_filename: args.model.display().to_string(),
         model_type: model_type(args, model),
         model_size: model.file_bytes(),
         model_n_params: model.hparams().parameters(),
+        weight_bytes,
+        state_bytes,
         backend: format!("CPU {}", Isa::best()),
         n_threads: session.threads(),
         n_prompt,
@@ -199,10 +230,31 @@ fn row(args: &Args, session: &Session, test: Test, depth: usize, samples: &[Dura
         n_depth: depth,
         avg_ts: mean(&speeds),
         stddev_ts: standard_deviation(&speeds),
-        median_ts: median(&speeds),
+        median_ts,
         samples_ns: samples.iter().map(|t| t.as_nanos() as u64).collect(),
         samples_ts: speeds,
+        gb_per_s: matches!(test, Test::Generate(_)).then_some(token_bytes * median_ts / 1e9),
+        limit_gb_per_s: bench.limit / 1e9,
+        gop_per_s: match test {
+            Test::Prompt(n) => Some(prompt_operations(model, n) * median_ts / n as f64 / 1e9),
+            Test::Generate(_) => None,
+        },
     }
+}
+
+/// The matrices that each generated token reads whole. Of the embedding it reads a row, unless it is the head.
+fn token_matrices(model: &Model) -> impl Iterator<Item = &Matrix> {
+    layer_matrices(model).chain([&model.weights().head])
+}
+
+fn layer_matrices(model: &Model) -> impl Iterator<Item = &Matrix> {
+    model.weights().layers.iter().flat_map(|l| [&l.qkvu, &l.output, &l.gate, &l.up, &l.down])
+}
+
+/// Multiplications and additions with weights in a prompt of `n` tokens, of which only the last needs the head.
+fn prompt_operations(model: &Model, n: usize) -> f64 {
+    let weights = |matrix: &Matrix| 2.0 * matrix.rows as f64 * matrix.columns as f64;
+    n as f64 * layer_matrices(model).map(weights).sum::<f64>() + weights(&model.weights().head)
 }
 
 /// The model's name, and the type that most of its bytes have.
@@ -212,10 +264,8 @@ fn model_type(args: &Args, model: &Model) -> String {
         Ok(Some(name)) => name.chars().filter(|c| !c.is_control() && *c != '|').collect(),
         _ => stem().into_owned(),
     };
-    let weights = model.weights();
-    let layers = weights.layers.iter().flat_map(|l| [&l.qkvu, &l.output, &l.gate, &l.up, &l.down]);
     let mut bytes: HashMap<DType, usize> = HashMap::new();
-    for matrix in layers.chain([&weights.embedding]) {
+    for matrix in layer_matrices(model).chain([&model.weights().embedding]) {
         *bytes.entry(matrix.dtype).or_default() += matrix.bytes().len();
     }
     let main = bytes.into_iter().max_by_key(|&(dtype, bytes)| (bytes, dtype.ggml_id()));
@@ -226,22 +276,15 @@ fn header(out: &mut impl Write, model: &str) -> io::Result<()> {
     let width = model.chars().count().max(5);
     writeln!(
         out,
-        "| {:<width$} | {:>10} | {:>8} | {:<15} | {:>7} | {:>15} | {:>20} | {:>9} |",
-        "model", "size", "params", "backend", "threads", "test", "t/s", "median"
+        "| {:<width$} | {:>10} | {:>8} | {:<15} | {:>7} | {:>15} | {:>20} | {:>9} | {:>6} | {:>8} | {:>6} |",
+        "model", "size", "params", "backend", "threads", "test", "t/s", "median", "GB/s", "of limit", "GOP/s"
     )?;
     let dash = |n: usize| "-".repeat(n);
-    writeln!(
-        out,
-        "| {} | {}: | {}: | {} | {}: | {}: | {}: | {}: |",
-        dash(width),
-        dash(9),
-        dash(7),
-        dash(15),
-        dash(6),
-        dash(14),
-        dash(19),
-        dash(8)
-    )
+    write!(out, "| {} | {}: | {}: | {} |", dash(width), dash(9), dash(7), dash(15))?;
+    for width in [7, 15, 20, 9, 6, 8, 6] {
+        write!(out, " {}: |", dash(width - 1))?;
+    }
+    writeln!(out)
 }
 
 fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
@@ -251,11 +294,15 @@ fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
     }
     let speed = format!("{:.2} ± {:.2}", row.avg_ts, row.stddev_ts);
     let (size, params) = (Bytes(row.model_size), count(row.model_n_params));
+    let gb = row.gb_per_s.map_or(String::new(), |gb| format!("{gb:.2}"));
+    let share = row.gb_per_s.map_or(String::new(), |gb| format!("{:.0} %", 100.0 * gb / row.limit_gb_per_s));
+    let gop = row.gop_per_s.map_or(String::new(), |gop| format!("{gop:.1}"));
     let Row { model_type, backend, n_threads, median_ts, .. } = row;
-    writeln!(
+    write!(
         out,
-        "| {model_type:<5} | {size:>10} | {params:>8} | {backend:<15} | {n_threads:>7} | {test:>15} | {speed:>20} | {median_ts:>9.2} |",
+        "| {model_type:<5} | {size:>10} | {params:>8} | {backend:<15} | {n_threads:>7} | {test:>15} | "
     )?;
+    writeln!(out, "{speed:>20} | {median_ts:>9.2} | {gb:>6} | {share:>8} | {gop:>6} |")?;
     out.flush()
 }
 

@@ -101,7 +101,8 @@ impl Format for Q4_0 {
 pub(super) struct IQ4_NL;
 
 /// The values, four times for the registers that look up in 16 bytes at a time.
-static NON_LINEAR: [[i8; 16]; 4] = [[-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]; 4];
+static NON_LINEAR: [[i8; 16]; 4] =
+    [[-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]; 4];
 
 impl Format for IQ4_NL {
     const COLUMNS: usize = 32;

@@ -22,7 +22,13 @@ use crate::{
 const AHEAD: usize = 8192;
 
 /// See [`super::multiply`]; `range` starts at a whole tile.
-pub(super) unsafe fn multiply(isa: Isa, weights: &Matrix, range: Range<usize>, inputs: Inputs, outputs: Outputs) {
+pub(super) unsafe fn multiply(
+    isa: Isa,
+    weights: &Matrix,
+    range: Range<usize>,
+    inputs: Inputs,
+    outputs: Outputs,
+) {
     debug_assert!(range.start.is_multiple_of(ROWS));
     let tile_bytes = ROWS * weights.row_bytes();
     for first in range.clone().step_by(ROWS) {
@@ -37,8 +43,15 @@ pub(super) unsafe fn multiply(isa: Isa, weights: &Matrix, range: Range<usize>, i
             }
             let mut tail = [0.0; ROWS];
             for t in 0..inputs.tokens {
-                let one = Inputs { rows: inputs.rows.add(t * inputs.format.row_bytes()), tokens: 1, ..inputs };
-                multiply_tile(isa, weights.dtype, tile, one, Outputs { data: tail.as_mut_ptr(), stride: ROWS });
+                let one =
+                    Inputs { rows: inputs.rows.add(t * inputs.format.row_bytes()), tokens: 1, ..inputs };
+                multiply_tile(
+                    isa,
+                    weights.dtype,
+                    tile,
+                    one,
+                    Outputs { data: tail.as_mut_ptr(), stride: ROWS },
+                );
                 std::ptr::copy_nonoverlapping(tail.as_ptr(), out.data.wrapping_add(t * out.stride), count);
             }
         }
@@ -130,7 +143,11 @@ unsafe fn for_tokens<L: Lanes, F: Format>(tile: *const u8, inputs: Inputs, outpu
 
 /// `N` tokens: an accumulator of 16 rows each for the integers of a group, and one for the result. Returns `N`.
 #[inline(always)]
-unsafe fn tokens<L: Lanes, F: Format, const N: usize>(tile: *const u8, inputs: Inputs, outputs: Outputs) -> usize {
+unsafe fn tokens<L: Lanes, F: Format, const N: usize>(
+    tile: *const u8,
+    inputs: Inputs,
+    outputs: Outputs,
+) -> usize {
     // SAFETY: the caller's promise; the columns are whole blocks.
     unsafe {
         let mut x = [Operand::at(&inputs.format, inputs.rows); N];
@@ -154,7 +171,8 @@ unsafe fn tokens<L: Lanes, F: Format, const N: usize>(tile: *const u8, inputs: I
                     for (q, w) in w.into_iter().enumerate() {
                         for t in 0..N {
                             let x = L::quad(x[t].quants.add(at + 4 * q));
-                            dots[t] = if F::SIGNED { L::dot_signed(dots[t], w, x) } else { L::dot(dots[t], w, x) };
+                            dots[t] =
+                                if F::SIGNED { L::dot_signed(dots[t], w, x) } else { L::dot(dots[t], w, x) };
                         }
                     }
                 }

@@ -52,12 +52,20 @@ const fn parts(dtype: DType) -> &'static [Part] {
         DType::Q4_K => &[
             Items { at: 0, bytes: 2, count: 2 },
             Items { at: 4, bytes: 4, count: 3 },
-            Columns { bits: 4, count: 256, place: |c| Place { byte: 16 + c / 64 * 32 + c % 32, shift: c / 32 % 2 * 4 } },
+            Columns {
+                bits: 4,
+                count: 256,
+                place: |c| Place { byte: 16 + c / 64 * 32 + c % 32, shift: c / 32 % 2 * 4 },
+            },
         ],
         DType::Q5_K => &[
             Items { at: 0, bytes: 2, count: 2 },
             Items { at: 4, bytes: 4, count: 3 },
-            Columns { bits: 4, count: 256, place: |c| Place { byte: 48 + c / 64 * 32 + c % 32, shift: c / 32 % 2 * 4 } },
+            Columns {
+                bits: 4,
+                count: 256,
+                place: |c| Place { byte: 48 + c / 64 * 32 + c % 32, shift: c / 32 % 2 * 4 },
+            },
             Columns { bits: 1, count: 256, place: |c| Place { byte: 16 + c % 32, shift: c / 32 } },
         ],
         DType::Q6_K => &[
@@ -139,7 +147,8 @@ fn permute_row(dtype: DType, bytes: usize, r: usize, visit: &mut impl FnMut(usiz
                     let quads = 8 / bits; // in a line
                     for c in 0..count {
                         let (line, quad) = (c / (4 * quads), c / 4 % quads);
-                        let in_tile = Place { byte: part_start + line * 64 + r * 4 + c % 4, shift: quad * bits };
+                        let in_tile =
+                            Place { byte: part_start + line * 64 + r * 4 + c % 4, shift: quad * bits };
                         visit(start, place(c), in_tile, ((1u16 << bits) - 1) as u8);
                     }
                     part_start += count * bits / 8 * ROWS;
