@@ -18,8 +18,8 @@ const TEMP_RANDOM_LEN: usize = 12;
 /// A file being written.
 ///
 /// The bytes go to a temporary file beside the target, so that a crash or a full disk leaves what was there
-/// before. Dropped, it removes its temporary file; that of a killed process is removed when the same target is
-/// next written.
+/// before. Dropped, it removes its temporary file; that of a killed process is removed when the same target
+/// is next written.
 #[derive(Debug)]
 pub(crate) struct AtomicFile {
     target: PathBuf,
@@ -31,8 +31,8 @@ impl AtomicFile {
     /// Starts a file that is to replace what is at `path`, if anything.
     ///
     /// # Errors
-    /// [`InvalidArgument`](ErrorKind::InvalidArgument) if `path` cannot name a file; [`Io`](ErrorKind::Io) where
-    /// the temporary file cannot be made.
+    /// [`InvalidArgument`](ErrorKind::InvalidArgument) if `path` cannot name a file; [`Io`](ErrorKind::Io)
+    /// where the temporary file cannot be made.
     pub fn create(path: &Path) -> Result<Self> {
         let invalid =
             |what| Error::new(ErrorKind::InvalidArgument, format_args!("{}: {what}", path.display()));

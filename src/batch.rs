@@ -1,4 +1,5 @@
-//! Many sequences in one pass: the weights, whose reading is what generation waits for, are read once for all.
+//! Many sequences in one pass: the weights, whose reading is what generation waits for, are read once for
+//! all.
 
 use std::time::Instant;
 
@@ -15,8 +16,8 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId(u64);
 
-/// Generations of several sessions of one model that go on together, each with its own prompt, sampler and end.
-/// They join and leave between any two passes.
+/// Generations of several sessions of one model that go on together, each with its own prompt, sampler and
+/// end. They join and leave between any two passes.
 ///
 /// A sequence's events are those of [`Session::generate`] on its session. Its logits may differ from those by
 /// rounding, as sums are taken in another order where there are more tokens.
@@ -73,8 +74,8 @@ impl Batch {
     /// Adds a generation; the first [`step`](Self::step) starts to read the prompt.
     ///
     /// # Errors
-    /// Those of [`Session::generate`], and [`InvalidArgument`](crate::ErrorKind::InvalidArgument) if the session is
-    /// of another model. The session is dropped then.
+    /// Those of [`Session::generate`], and [`InvalidArgument`](crate::ErrorKind::InvalidArgument) if the
+    /// session is of another model. The session is dropped then.
     pub fn join<'p>(
         &mut self,
         session: Session,
@@ -94,8 +95,8 @@ impl Batch {
         Ok(id)
     }
 
-    /// Takes a sequence out, at its end or before. Its session has read what [`Session::generate`] says; the token
-    /// given out last is not read if more events were to come. `None` if it is not in the batch.
+    /// Takes a sequence out, at its end or before. Its session has read what [`Session::generate`] says; the
+    /// token given out last is not read if more events were to come. `None` if it is not in the batch.
     pub fn leave(&mut self, id: SequenceId) -> Option<Session> {
         let index = self.sequences.iter().position(|sequence| sequence.id == id)?;
         Some(self.sequences.remove(index).session)
@@ -106,11 +107,12 @@ impl Batch {
         self.sequences.iter().filter(|sequence| !sequence.chooser.is_over()).count()
     }
 
-    /// One pass: reads the next tokens of all sequences, then gives an event of each that has read its prompt. An
-    /// error among them ends only its own sequence. Nothing to do gives no events.
+    /// One pass: reads the next tokens of all sequences, then gives an event of each that has read its
+    /// prompt. An error among them ends only its own sequence. Nothing to do gives no events.
     ///
     /// # Errors
-    /// [`Backend`](crate::ErrorKind::Backend) if the pass failed: the sessions in the batch are not usable then.
+    /// [`Backend`](crate::ErrorKind::Backend) if the pass failed: the sessions in the batch are not usable
+    /// then.
     pub fn step(&mut self) -> Result<Vec<(SequenceId, Result<Event>)>> {
         self.read()?;
         let mut events = Vec::new();
@@ -122,8 +124,8 @@ impl Batch {
         Ok(events)
     }
 
-    /// Reads the next tokens of all sequences. Those with more than one left, in the middle of a prompt, come first
-    /// and need no logits; then those with one.
+    /// Reads the next tokens of all sequences. Those with more than one left, in the middle of a prompt, come
+    /// first and need no logits; then those with one.
     fn read(&mut self) -> Result<()> {
         let start = Instant::now();
         let running =

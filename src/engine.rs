@@ -1,4 +1,5 @@
-//! Runs batches of tokens through a model: graphs, built once per shape and kept, and the threads they run on.
+//! Runs batches of tokens through a model: graphs, built once per shape and kept, and the threads they run
+//! on.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

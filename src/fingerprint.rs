@@ -11,9 +11,9 @@ const PLACES: usize = 4;
 const PLACE_BYTES: usize = 4096;
 
 /// Digest of what makes a model: hyper-parameters, vocabulary, tensor table, and four pages spread over each
-/// tensor's data, the first and the last included. Models that were trained or quantized differently differ in
-/// nearly every page; one flipped bit between the places is not seen. Names, authors and chat templates are not
-/// looked at.
+/// tensor's data, the first and the last included. Models that were trained or quantized differently differ
+/// in nearly every page; one flipped bit between the places is not seen. Names, authors and chat templates
+/// are not looked at.
 pub(crate) fn of(file: &[u8], metadata: &Metadata, tensors: &[TensorInfo]) -> [u8; 32] {
     let counts = |key: &str| key.starts_with(ARCHITECTURE) || key.starts_with("tokenizer.ggml.");
     let mut entries: Vec<_> = metadata.iter().filter(|(key, _)| counts(key)).collect();

@@ -228,7 +228,7 @@ impl GraphBuilder {
         inputs: &[Tensor],
     ) -> Tensor {
         assert!(
-            inputs.len() <= 3 && self.nodes.len() < self.nodes.capacity(),
+            inputs.len() <= 2 && self.nodes.len() < self.nodes.capacity(),
             "the graph was sized for its nodes"
         );
         self.nodes.push(Node { op, pool: self.pool.clone(), panicked: AtomicBool::new(false) });

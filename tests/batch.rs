@@ -5,7 +5,7 @@ mod common;
 use std::collections::HashMap;
 
 use common::{CASES, Case, error, session, small_model};
-use proptest::{collection::vec, prelude::*, test_runner::Config};
+use proptest::{collection::vec, option, prelude::*, test_runner::Config};
 use tn_quantize::policy::Preset;
 use transnormer::{
     Batch, CancelToken, DType, Done, ErrorKind, Event, GenerateOptions, Model, Prompt, SamplerOptions,
@@ -68,16 +68,21 @@ fn run(batch: &mut Batch, given: &mut HashMap<SequenceId, Given>) {
 }
 
 fn assert_equal(found: &Session, wanted: &Session) {
+    assert_close(found, wanted, ROUNDING);
+}
+
+fn assert_close(found: &Session, wanted: &Session, limit: f64) {
     assert_eq!((found.tokens(), found.position()), (wanted.tokens(), wanted.position()));
     let errors =
         [error(found.logits(), wanted.logits()), error(found.state().values(), wanted.state().values())];
-    assert!(errors.iter().all(|&error| error <= ROUNDING), "errors {errors:?}");
+    assert!(errors.iter().all(|&error| error <= limit), "errors {errors:?}");
 }
 
 #[test]
 fn every_architecture_and_format_agrees_with_single_sessions() {
     for case in CASES.map(Case::open) {
-        for preset in [Preset::F32, Preset::Q8_0] {
+        // Where inputs are rounded to int8, a difference in the last bit may become one of a step.
+        for (preset, limit) in [(Preset::F32, ROUNDING), (Preset::Q8_0, 0.05)] {
             let (model, ids) = (case.model_of(DType::F32, preset), case.ids("input_ids"));
             let mut batch = batch(&model, 32, 2);
             let prompts = [&ids[..1], &ids[1..80], &ids[80..82], &ids[5..40]];
@@ -94,12 +99,7 @@ fn every_architecture_and_format_agrees_with_single_sessions() {
                 assert_eq!(given[&name].ids, wanted.ids, "{}, {}", case.name, preset.name());
                 let done = given[&name].done.as_ref().expect("every sequence ends");
                 assert_eq!((done.reason, done.stats.prompt_tokens), (StopReason::MaxTokens, prompt.len()));
-                // The state tells whether the batch mixed anything up; int8 inputs magnify rounding.
-                let found = batch.leave(name).expect("it is in the batch");
-                match preset {
-                    Preset::F32 => assert_equal(&found, &single),
-                    _ => assert_eq!(found.tokens(), single.tokens()),
-                }
+                assert_close(&batch.leave(name).expect("it is in the batch"), &single, limit);
             }
         }
     }
@@ -110,7 +110,7 @@ proptest! {
 
     #[test]
     fn joining_and_leaving_at_any_token(
-        arrivals in vec((0_usize..4, vec(0_u32..128, 1..30), 0_usize..12, proptest::option::of(0_usize..20)), 1..8),
+        arrivals in vec((0_usize..4, vec(0_u32..128, 1..30), 0_usize..12, option::of(0_usize..20)), 1..8),
         block in 1_usize..20,
     ) {
         let model = small_model(1);
@@ -151,12 +151,16 @@ proptest! {
             } else {
                 // It left early: what it has read is a beginning of prompt and text.
                 let all = [&prompt[..], &given.ids[..]].concat();
-                let read = found.tokens().len();
-                prop_assert!(found.tokens() == &all[..read] && read + 1 >= given.ids.len().min(1) * all.len());
+                let read = found.tokens();
+                prop_assert!(all.starts_with(read), "{:?} of {:?}", read, all);
+                // Of what was given out, all but the last.
+                prop_assert!(given.ids.is_empty() || read.len() + 1 == all.len());
                 single.read(found.tokens()).unwrap();
             }
             prop_assert_eq!(found.tokens(), single.tokens());
-            prop_assert!(error(found.state().values(), single.state().values()) <= ROUNDING || found.position() == 0);
+            if found.position() > 0 {
+                prop_assert!(error(found.state().values(), single.state().values()) <= ROUNDING);
+            }
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Forks, checkpoints and syncing: whatever a session has been through, it computes what it would have computed
-//! had it never stopped.
+//! Forks, checkpoints and syncing: whatever a session has been through, it computes what it would have
+//! computed had it never stopped.
 
 mod common;
 
@@ -129,7 +129,8 @@ proptest! {
                     let (calls, bytes) = (walker.calls.clone(), walker.session.snapshot().to_bytes());
                     walker.session.save(&path).expect("the folder is writable");
                     let target = &mut walkers[into.index(count)];
-                    let sampler = if file { target.session.load(&path) } else { target.session.restore(&bytes) };
+                    let session = &mut target.session;
+                    let sampler = if file { session.load(&path) } else { session.restore(&bytes) };
                     prop_assert_eq!(sampler.expect("an intact snapshot"), None);
                     target.calls = calls;
                 }

@@ -6,7 +6,9 @@ use std::fs;
 
 use common::{A, Case, session, small_model};
 use tn_quantize::policy::Preset;
-use transnormer::{DType, ErrorKind, Model, Sampler, SamplerOptions, Session, SessionOptions};
+use transnormer::{
+    DType, ErrorKind, GenerateOptions, Model, Sampler, SamplerOptions, Session, SessionOptions,
+};
 
 fn bits(session: &Session) -> (u64, Vec<u32>, Vec<u32>) {
     let values = session.state().values().iter().chain(session.logits());
@@ -101,6 +103,32 @@ fn a_text_goes_on_as_it_would_have() {
         assert_eq!(go_on(&mut resumed, &mut resumed_sampler, 20), wanted);
         assert_eq!(bits(&resumed), bits(&straight));
     }
+}
+
+#[test]
+fn a_generation_goes_on_with_the_stored_sampler() {
+    let model = small_model(1);
+    let options = |max_tokens| GenerateOptions {
+        sampler: SamplerOptions { temperature: 3.0, top_k: 0, seed: Some(9), ..Default::default() },
+        max_tokens: Some(max_tokens),
+        ignore_eos: true,
+        ..Default::default()
+    };
+    let mut straight = session(&model, 16, 1);
+    straight.generate(&[5, 6, 7], options(12)).unwrap().for_each(|event| drop(event.unwrap()));
+
+    let mut first = session(&model, 16, 1);
+    let mut generation = first.generate(&[5, 6, 7], options(5)).unwrap();
+    generation.by_ref().for_each(|event| drop(event.unwrap()));
+    let sampler = generation.sampler().clone();
+    let bytes = first.snapshot().with_sampler(&sampler).to_bytes();
+
+    let mut second = session(&model, 16, 1);
+    let state = second.restore(&bytes).unwrap().expect("the sampler was stored");
+    let mut generation = second.generate(&[], options(7)).unwrap();
+    generation.sampler_mut().set_state(state).unwrap();
+    generation.for_each(|event| drop(event.unwrap()));
+    assert_eq!(bits(&second), bits(&straight));
 }
 
 #[test]

@@ -22,8 +22,8 @@ impl CheckpointId {
 
 impl Session {
     /// Keeps the session's past as it is now. Where there are as many checkpoints as
-    /// [`SessionOptions::checkpoints`](super::SessionOptions::checkpoints) allows, the oldest goes and its memory
-    /// is used again.
+    /// [`SessionOptions::checkpoints`](super::SessionOptions::checkpoints) allows, the oldest goes and its
+    /// memory is used again.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if the session was made to keep none.
@@ -39,8 +39,8 @@ impl Session {
     /// Goes back, or forward, to a checkpoint. All checkpoints stay.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidArgument`] if this session does not have this checkpoint, or has it no more; nothing
-    /// changes then.
+    /// [`ErrorKind::InvalidArgument`] if this session does not have this checkpoint, or has it no more;
+    /// nothing changes then.
     pub fn rewind(&mut self, to: CheckpointId) -> Result<()> {
         let checkpoint = self.ring.get(to).ok_or_else(|| {
             let depth = self.ring.depth();

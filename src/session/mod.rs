@@ -8,8 +8,8 @@
 //! read its tokens in the same calls and never stopped.
 //!
 //! # Threads
-//! A session computes on threads of its own; independent sessions run in parallel. Forks of a session share its
-//! threads and buffers and take turns, block by block.
+//! A session computes on threads of its own; independent sessions run in parallel. Forks of a session share
+//! its threads and buffers and take turns, block by block.
 
 mod checkpoint;
 mod ledger;
@@ -38,8 +38,8 @@ pub struct SessionOptions {
     pub threads: usize,
     /// Tokens of a prompt that are computed together. More is faster up to a point and takes more memory.
     pub block: usize,
-    /// Most checkpoints that are kept; a new one takes the place of the oldest. Each takes as much memory as the
-    /// state, the logits and the ledger, once it is made.
+    /// Most checkpoints that are kept; a new one takes the place of the oldest. Each takes as much memory as
+    /// the state, the logits and the ledger, once it is made.
     pub checkpoints: usize,
     /// Newest tokens that [`Session::tokens`] gives, at most 2^24. Each takes eight bytes.
     pub ledger: usize,
@@ -95,8 +95,8 @@ impl Session {
         }
     }
 
-    /// Another session with the same past, and no checkpoints yet. The two go on independently, but share threads
-    /// and buffers: while one computes a block, the other waits.
+    /// Another session with the same past, and no checkpoints yet. The two go on independently, but share
+    /// threads and buffers: while one computes a block, the other waits.
     #[must_use]
     pub fn fork(&self) -> Self {
         Self {

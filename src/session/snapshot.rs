@@ -64,8 +64,8 @@ impl Session {
     ///
     /// # Errors
     /// [`ErrorKind::Io`]; [`ErrorKind::Format`] if the file is not a snapshot or damaged in any way;
-    /// [`ErrorKind::Unsupported`] if another version wrote it; [`ErrorKind::Model`] if it is that of another model.
-    /// The session is unchanged then.
+    /// [`ErrorKind::Unsupported`] if another version wrote it; [`ErrorKind::Model`] if it is that of another
+    /// model. The session is unchanged then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<Option<[u64; 4]>> {
         let path = path.as_ref();
         let file = File::open(path).map_err(|source| Error::io(path, source))?;

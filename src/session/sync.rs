@@ -13,12 +13,12 @@ pub struct SyncReport {
 }
 
 impl Session {
-    /// Makes `tokens`, from the first on, the session's past, whatever it has read before, with as little reading
-    /// as possible. Then keeps a [checkpoint](Self::checkpoint) there, if the session keeps any and this place is
-    /// not among them.
+    /// Makes `tokens`, from the first on, the session's past, whatever it has read before, with as little
+    /// reading as possible. Then keeps a [checkpoint](Self::checkpoint) there, if the session keeps any and
+    /// this place is not among them.
     ///
-    /// What is reused was read in other blocks, so that the logits may differ by rounding from those of reading
-    /// `tokens` in one call.
+    /// What is reused was read in other blocks, so that the logits may differ by rounding from those of
+    /// reading `tokens` in one call.
     ///
     /// # Errors
     /// [`InvalidArgument`](crate::ErrorKind::InvalidArgument) for an id outside the vocabulary, with nothing
@@ -33,11 +33,12 @@ impl Session {
         Ok(SyncReport { reused, recomputed: tokens.len() - reused })
     }
 
-    /// Goes to the longest beginning of `tokens` that the session's past or one of its checkpoints stands for, or
-    /// else to the empty beginning. Gives its length: reading the rest completes a [`sync`](Self::sync).
+    /// Goes to the longest beginning of `tokens` that the session's past or one of its checkpoints stands
+    /// for, or else to the empty beginning. Gives its length: reading the rest completes a
+    /// [`sync`](Self::sync).
     ///
-    /// Beginnings are known by a digest of all their tokens, so neither their number nor the size of the ledger
-    /// matters.
+    /// Beginnings are known by a digest of all their tokens, so neither their number nor the size of the
+    /// ledger matters.
     ///
     /// # Errors
     /// Those of [`sync`](Self::sync).
