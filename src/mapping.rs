@@ -37,9 +37,10 @@ impl Mapping {
             return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
         }
         let bytes = match mode {
-            // SAFETY: the file is only read; that it must not shrink is stated in LoadMode::Map.
             LoadMode::Map if metadata.len() > 0 => {
-                Bytes::Mapped(unsafe { memmap2::Mmap::map(&file) }.map_err(io)?)
+                // SAFETY: the file is only read; that it must not shrink is stated in LoadMode::Map.
+                let map = unsafe { memmap2::Mmap::map(&file) };
+                Bytes::Mapped(map.map_err(io)?)
             }
             _ => read(file, metadata.len()).map_err(io)?,
         };

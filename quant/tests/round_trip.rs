@@ -12,7 +12,7 @@ use tn_quantize::{
     names,
     synthetic::{self, Options},
 };
-use transnormer::{dtype::DType, ggml, gguf::Gguf, tokenizer::Vocab};
+use transnormer::{dtype::DType, ggml, gguf::Gguf, tiles, tokenizer::Vocab, weights::TILE_ROWS_KEY};
 
 fn tiny_config() -> Config {
     synthetic::config(&synthetic::tiny_config_json()).unwrap()
@@ -193,7 +193,7 @@ fn quantized_types_stay_within_their_error_and_fall_back_where_rows_demand_it() 
     let checked = synthetic::config(&config).unwrap();
     let sandbox = Sandbox::new(&config, &Options::default());
     for (preset, limit) in [("Q8_0", 0.006), ("Q4_0", 0.09), ("Q4_K_M", 0.09)] {
-        let output = sandbox.run(&["--type", preset, "--force"]);
+        let output = sandbox.run(&["--type", preset, "--plain", "--force"]);
         let table = String::from_utf8(output.stdout).unwrap();
         let bytes = fs::read(sandbox.out()).unwrap();
         let gguf = Gguf::parse(&bytes).unwrap();
@@ -217,6 +217,43 @@ fn quantized_types_stay_within_their_error_and_fall_back_where_rows_demand_it() 
         } else {
             assert_eq!(down.name(), preset);
             assert!(!line.contains("fallback"), "{line}");
+        }
+    }
+}
+
+#[test]
+fn tiles_hold_the_rows_of_a_plain_file() {
+    let mut config = synthetic::tiny_config_json();
+    for (key, value) in [("decoder_embed_dim", 256), ("hidden_dim", 256), ("glu_dim", 40)] {
+        config[key] = value.into();
+    }
+    let sandbox = Sandbox::new(&config, &Options::default());
+    for preset in ["Q8_0", "Q4_0", "Q4_K_M"] {
+        let read = |flags: &[&str]| {
+            let output = sandbox.run(&[&["--type", preset, "--force"], flags].concat());
+            assert!(output.status.success(), "{}", stderr(&output));
+            fs::read(sandbox.out()).unwrap()
+        };
+        let (plain, tiled) = (read(&["--plain"]), read(&[]));
+        let (plain_gguf, tiled_gguf) = (Gguf::parse(&plain).unwrap(), Gguf::parse(&tiled).unwrap());
+        assert_eq!(tiled_gguf.metadata.u32(TILE_ROWS_KEY).unwrap(), Some(16));
+        assert_eq!(plain_gguf.metadata.u32(TILE_ROWS_KEY).unwrap(), None);
+        for info in &plain_gguf.tensors {
+            let rows = &plain[info.offset as usize..][..info.nbytes as usize];
+            let other = tiled_gguf.tensor(&info.name).unwrap();
+            let stored = &tiled[other.offset as usize..][..other.nbytes as usize];
+            let count = info.shape[1..].iter().product::<u64>() as usize;
+            if !tiles::stored_in_tiles(info.dtype, count) {
+                assert_eq!(stored, rows, "{}", info.name);
+                continue;
+            }
+            let row_bytes = rows.len() / count;
+            let mut row = vec![0; row_bytes];
+            for (r, expected) in rows.chunks(row_bytes).enumerate() {
+                let tile = &stored[r / tiles::ROWS * tiles::ROWS * row_bytes..][..tiles::ROWS * row_bytes];
+                tiles::row_of_tile(info.dtype, tile, r % tiles::ROWS, &mut row);
+                assert_eq!(row, expected, "{preset} {} row {r}", info.name);
+            }
         }
     }
 }

@@ -108,3 +108,18 @@ impl fmt::Display for Isa {
         f.pad(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn best_is_the_last_or_the_named_one() {
+        let (best, available) = (Isa::best(), Isa::available());
+        println!("instruction set: {best} of {available:?}");
+        match std::env::var("TRANSNORMER_ISA") {
+            Ok(wanted) => assert_eq!(best.name(), wanted),
+            Err(_) => assert_eq!(Some(&best), available.last()),
+        }
+    }
+}

@@ -158,13 +158,13 @@ mod tests {
                 prepare(isa, &format, x.as_ptr(), row.as_mut_ptr().cast());
                 Operand::at(&format, row.as_ptr().cast())
             };
-            for i in 0..96 {
+            for (i, &value) in x.iter().enumerate() {
                 // SAFETY: all indices are inside the row's parts.
                 unsafe {
-                    assert_eq!(*operand.float.add(i), x[i]);
+                    assert_eq!(*operand.float.add(i), value);
                     let scale = *operand.scales.add(i / 32);
                     let back = f32::from(*operand.quants.add(i)) * scale;
-                    assert!((back - x[i]).abs() <= scale * 0.501, "{isa}: {back} for {}", x[i]);
+                    assert!((back - value).abs() <= scale * 0.501, "{isa}: {back} for {value}");
                     let sum: f32 = (0..16).map(|j| f32::from(*operand.quants.add(i / 16 * 16 + j))).sum();
                     assert_eq!(*operand.sums.add(i / 16), sum * scale);
                     let pair = *operand.sums.add(i / 32 * 2) + *operand.sums.add(i / 32 * 2 + 1);

@@ -41,7 +41,7 @@ pub(crate) struct Inputs {
     pub tokens: usize,
 }
 
-// SAFETY (both types): handles; `multiply` states who may write where.
+// SAFETY: a handle; `multiply` states who may write where.
 unsafe impl Sync for Inputs {}
 // SAFETY: as above.
 unsafe impl Sync for Outputs {}
