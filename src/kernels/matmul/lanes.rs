@@ -602,10 +602,10 @@ mod arm {
     #[inline(always)]
     unsafe fn dot_neon(sums: int32x4_t, weights: int8x16_t, x: int8x16_t) -> int32x4_t {
         unsafe {
-            // Products of two bytes fit 16 bits, but not the sum of two that are both (-128)²; inputs end at ±127.
             let low = vmull_s8(vget_low_s8(weights), vget_low_s8(x));
             let high = vmull_s8(vget_high_s8(weights), vget_high_s8(x));
-            vaddq_s32(sums, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)))
+            // Two products fit 16 bits because inputs end at ±127: 2 · 128 · 127 < 2¹⁵.
+            vpadalq_s16(sums, vpaddq_s16(low, high))
         }
     }
 
@@ -628,5 +628,36 @@ mod arm {
     four_registers! {
         /// Four 128-bit registers with dot products.
         NeonDot, dot dot_neon_dot
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::{super::Portable, *};
+
+        /// 16 sums, each from a start of its own, for every weight and then for rows of the extremes.
+        fn dots<L: Lanes>(x: [i8; 4]) -> Vec<f32> {
+            let starts: Vec<i32> = (0..16).map(|i| i * 1_000_003 - 8_000_000).collect();
+            let mut weights: Vec<i8> = (i8::MIN..=i8::MAX).collect();
+            weights.extend([i8::MIN, i8::MIN, i8::MAX, i8::MIN].repeat(16));
+            let mut sums = vec![0.0; weights.len() / 4];
+            for (weights, sums) in weights.chunks_exact(64).zip(sums.chunks_exact_mut(16)) {
+                unsafe {
+                    let start = L::load(starts.as_ptr().cast());
+                    let dot = L::dot_signed(start, L::load(weights.as_ptr().cast()), L::quad(x.as_ptr()));
+                    L::store(sums.as_mut_ptr(), L::to_float(dot));
+                }
+            }
+            sums
+        }
+
+        #[test]
+        fn dot_products_are_exact_to_the_last_weight_and_input() {
+            for x in [[127; 4], [-127; 4], [127, -127, -127, 127], [-127, -127, 127, 1], [0, 1, -1, 2]] {
+                assert_eq!(dots::<Neon>(x), dots::<Portable>(x), "{x:?}");
+                if std::arch::is_aarch64_feature_detected!("dotprod") {
+                    assert_eq!(dots::<NeonDot>(x), dots::<Portable>(x), "{x:?}");
+                }
+            }
+        }
     }
 }
