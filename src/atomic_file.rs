@@ -37,10 +37,16 @@ impl AtomicFile {
         let invalid =
             |what| Error::new(ErrorKind::InvalidArgument, format_args!("{}: {what}", path.display()));
         let name = path.file_name().ok_or_else(|| invalid("not a file name"))?;
-        if path.is_dir() {
-            return Err(invalid("is a directory"));
+        match fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => return Err(invalid("is a directory")),
+            // A device, a pipe or a socket must not be replaced by a file.
+            Ok(metadata) if !metadata.is_file() => return Err(invalid("not a regular file")),
+            _ => {}
         }
         let dir = directory(path);
+        if !dir.is_dir() {
+            return Err(Error::new(ErrorKind::Io, format_args!("{}: no such folder", dir.display())));
+        }
         remove_stale(dir, name);
         let temp = create_locked(dir, name).map_err(|error| Error::io(path, error))?;
         Ok(Self { target: path.to_owned(), out: BufWriter::with_capacity(1 << 20, temp), position: 0 })

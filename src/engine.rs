@@ -19,10 +19,10 @@ const KEPT_GRAPHS: usize = 5;
 pub(crate) struct SharedEngine(Arc<Mutex<Engine>>);
 
 impl SharedEngine {
-    /// A new engine; 0 threads means one for each core.
+    /// A new engine; 0 threads means one for each performance core.
     pub fn new(model: &Model, threads: usize) -> Result<Self> {
         let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            0 => threads::default_threads(),
             n => n,
         };
         Ok(Self(Arc::new(Mutex::new(Engine::new(model, threads)?))))

@@ -203,7 +203,6 @@ impl GraphBuilder {
         // SAFETY: context and graph are valid; the nodes vector is moved out exactly once, and the builder's
         // drop does not run.
         unsafe {
-            sys::ggml_build_forward_expand(this.graph.as_ptr(), last.0.as_ptr());
             let nodes = std::mem::take(&mut this.nodes);
             drop(ptr::read(&this.pool)); // the nodes have theirs
             let allocator = sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type());
@@ -251,6 +250,9 @@ impl GraphBuilder {
                 ptr::from_mut(node).cast(),
             )
         };
+        // Now and not once at the end: ggml follows a chain of nodes that it has not met by recursion.
+        // SAFETY: the graph has room for the node.
+        unsafe { sys::ggml_build_forward_expand(self.graph.as_ptr(), tensor) };
         Tensor(NonNull::new(tensor).expect("ggml_custom_4d returns a tensor"))
     }
 }
@@ -288,10 +290,7 @@ impl Graph {
             sys::ggml_graph_compute(self.graph.as_ptr(), &mut plan)
         };
         if self.nodes.iter().any(|node| node.panicked.load(Ordering::Relaxed)) {
-            return Err(Error::new(
-                ErrorKind::Backend,
-                "a kernel panicked; this session is not usable any more",
-            ));
+            return Err(Error::new(ErrorKind::Backend, "a kernel panicked; what was read is lost"));
         }
         if status != sys::GGML_STATUS_SUCCESS {
             return Err(Error::new(

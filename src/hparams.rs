@@ -8,6 +8,11 @@ use crate::{
 /// Value of `general.architecture` and prefix of all model keys.
 pub const ARCHITECTURE: &str = "transnormer";
 
+/// Most f32 values in a state: 1 GiB, sixteen times what the largest published model has.
+const MAX_STATE: u64 = 1 << 28;
+/// Most heads in all layers together; the largest published model has 960.
+const MAX_HEADS: usize = 1 << 15;
+
 /// Activation function of q and k (SPEC section 1, `linear_act_fun`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -204,6 +209,16 @@ impl Hparams {
                 "{}: {} is not a positive number",
                 key("embedding_scale"),
                 self.embedding_scale
+            )));
+        }
+        // hidden · head_dim = heads · head_dim · head_dim
+        let layer = (self.hidden * self.head_dim()) as u64;
+        let state: u64 = self.lrpe.iter().map(|&lrpe| if lrpe { 2 * layer } else { layer }).sum();
+        if state > MAX_STATE || self.layers * self.heads > MAX_HEADS {
+            return Err(invalid(format_args!(
+                "{} layers of {} heads have a state of {state} values; this engine takes up to {MAX_STATE} values and \
+                 {MAX_HEADS} heads in all",
+                self.layers, self.heads
             )));
         }
         let epsilon_key = key("attention.layer_norm_rms_epsilon");

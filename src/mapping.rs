@@ -8,7 +8,8 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LoadMode {
     /// Map the file: pages are read when needed, shared between processes, and given back under memory
-    /// pressure. The file must not be shortened while the model is in use: the system then kills the process.
+    /// pressure. The file must not be changed or shortened while the model is in use: the results are then wrong,
+    /// or the system kills the process. Replacing it by another file of that name is safe.
     #[default]
     Map,
     /// Read the file into memory: for storage that others can change.
@@ -31,11 +32,12 @@ impl Mapping {
     /// Opens `path`. Errors with [`ErrorKind::Io`] naming the file.
     pub fn open(path: &Path, mode: LoadMode) -> Result<Self> {
         let io = |source| Error::io(path, source);
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
-        if !metadata.is_file() {
+        // Before it is opened: opening a pipe waits for its other end.
+        if !std::fs::metadata(path).map_err(io)?.is_file() {
             return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
         }
+        let file = File::open(path).map_err(io)?;
+        let metadata = file.metadata().map_err(io)?;
         let bytes = match mode {
             LoadMode::Map if metadata.len() > 0 => {
                 // SAFETY: the file is only read; that it must not shrink is stated in LoadMode::Map.

@@ -24,12 +24,39 @@ const SPINS: u32 = 500;
 /// Turns that offer the core, before an idle thread sleeps: long enough to bridge the sampling of a token.
 const YIELDS: u32 = 200;
 
-/// Bits of a ticket for the number of items and for the next item; the rest count the jobs.
+/// Bits of a ticket for the number of items and for the next item. The rest count the jobs and wrap around: a worker
+/// that slept through exactly 2^24 jobs misses one, which nobody waits for.
 const ITEM_BITS: u32 = 20;
 /// Most items of one job.
-const MAX_ITEMS: usize = (1 << ITEM_BITS) - 1 - MAX_THREADS;
+///
+/// A worker may count past the end twice: for the job it came for, and for one that began meanwhile.
+const MAX_ITEMS: usize = (1 << ITEM_BITS) - 1 - 2 * MAX_THREADS;
 /// Most threads of a pool.
 pub(crate) const MAX_THREADS: usize = 512;
+
+/// Threads to use where the user does not say: one for each performance core.
+///
+/// On phones and other machines with cores of several speeds, work that is shared evenly waits for the slow ones,
+/// and a pool that fills them is slower than one that leaves them out.
+pub(crate) fn default_threads() -> usize {
+    let available = thread::available_parallelism().map_or(1, usize::from);
+    performance_cores(&core_frequencies()).unwrap_or(available).min(available).min(MAX_THREADS)
+}
+
+/// Cores that reach three quarters of the highest frequency; `None` where no frequency is known.
+fn performance_cores(frequencies: &[u64]) -> Option<usize> {
+    let highest = *frequencies.iter().max()?;
+    Some(frequencies.iter().filter(|&&frequency| frequency * 4 >= highest * 3).count())
+}
+
+/// Highest frequency of each core in kHz, as Linux and Android tell it; empty elsewhere.
+fn core_frequencies() -> Vec<u64> {
+    let read = |core: usize| {
+        let path = format!("/sys/devices/system/cpu/cpu{core}/cpufreq/cpuinfo_max_freq");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    };
+    (0..MAX_THREADS).map_while(read).collect()
+}
 
 /// A number of threads, the caller's included, that share the items of one job at a time.
 pub(crate) struct ThreadPool {
@@ -48,7 +75,8 @@ struct Shared {
     /// Written only while no item is taken.
     job: UnsafeCell<Option<Job>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    sleepers: Mutex<usize>,
+    /// Held by a worker from its last look at the ticket until it sleeps.
+    sleep: Mutex<()>,
     wake: Condvar,
     asleep: AtomicUsize,
     stop: AtomicBool,
@@ -71,7 +99,7 @@ impl ThreadPool {
             done: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
-            sleepers: Mutex::new(0),
+            sleep: Mutex::new(()),
             wake: Condvar::new(),
             asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
@@ -92,13 +120,18 @@ impl ThreadPool {
 
     /// Calls `work` with each of `0..items`, on all threads; returns when all are done.
     ///
-    /// A panic in `work` is passed on to the caller after the others are done.
+    /// A panic in `work` is passed on to the caller after the others are done. `work` must not call `run`.
     pub fn run(&self, items: usize, work: &(dyn Fn(usize) + Sync)) {
         if items <= 1 || self.workers.is_empty() {
             (0..items).for_each(work);
             return;
         }
-        assert!(items <= MAX_ITEMS, "{items} items");
+        if items > MAX_ITEMS {
+            for start in (0..items).step_by(MAX_ITEMS) {
+                self.run(MAX_ITEMS.min(items - start), &|item| work(start + item));
+            }
+            return;
+        }
         let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: all items of the job before are done, so nothing reads the job; the lifetime is given up, but
@@ -108,7 +141,7 @@ impl ThreadPool {
         let number = (shared.ticket.load(Ordering::Relaxed) >> (2 * ITEM_BITS)) + 1;
         shared.ticket.store(number << (2 * ITEM_BITS) | (items as u64) << ITEM_BITS, Ordering::SeqCst);
         if shared.asleep.load(Ordering::SeqCst) > 0 {
-            let _sleepers = shared.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+            let _sleep = shared.sleep.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
         shared.take_items();
@@ -125,7 +158,7 @@ impl ThreadPool {
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        drop(self.shared.sleepers.lock());
+        drop(self.shared.sleep.lock());
         self.shared.wake.notify_all();
         for worker in self.workers.drain(..) {
             // A worker cannot panic: it catches the panics of its items.
@@ -137,30 +170,28 @@ impl Drop for ThreadPool {
 impl Shared {
     /// A worker's life.
     fn work(&self) {
-        let mut finished = 0; // number of the last job this thread has seen the end of
+        let mut seen = 0; // number of the last job
         while !self.stop.load(Ordering::Relaxed) {
-            finished = self.wait_for_job(finished);
+            seen = self.wait_for_job(seen);
             self.take_items();
         }
     }
 
-    /// Waits until there is a job other than `finished`; returns its number.
-    fn wait_for_job(&self, finished: u64) -> u64 {
+    /// Waits until there is a job other than `seen`; returns its number.
+    fn wait_for_job(&self, seen: u64) -> u64 {
         let current = || self.ticket.load(Ordering::SeqCst) >> (2 * ITEM_BITS);
         let mut turns = 0;
-        while current() == finished && !self.stop.load(Ordering::SeqCst) {
+        while current() == seen && !self.stop.load(Ordering::SeqCst) {
             if turns < SPINS + YIELDS {
                 pause(&mut turns);
                 continue;
             }
-            let mut sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut sleep = self.sleep.lock().unwrap_or_else(PoisonError::into_inner);
             self.asleep.fetch_add(1, Ordering::SeqCst);
-            *sleepers += 1;
             // A job that came before the line above is seen here; one that comes after it wakes us.
-            while current() == finished && !self.stop.load(Ordering::SeqCst) {
-                sleepers = self.wake.wait(sleepers).unwrap_or_else(PoisonError::into_inner);
+            while current() == seen && !self.stop.load(Ordering::SeqCst) {
+                sleep = self.wake.wait(sleep).unwrap_or_else(PoisonError::into_inner);
             }
-            *sleepers -= 1;
             self.asleep.fetch_sub(1, Ordering::SeqCst);
         }
         current()
@@ -216,6 +247,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn slow_cores_are_left_out() {
+        assert_eq!(performance_cores(&[]), None);
+        assert_eq!(performance_cores(&[2_000_000; 4]), Some(4));
+        let phone = [1_800_000, 1_800_000, 1_800_000, 1_800_000, 2_420_000, 2_420_000, 2_420_000, 2_840_000];
+        assert_eq!(performance_cores(&phone), Some(4));
+        assert!(default_threads() >= 1);
     }
 
     #[test]

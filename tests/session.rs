@@ -63,9 +63,11 @@ fn zero_threads_means_one_for_each_core() {
 }
 
 #[test]
-fn the_largest_block_is_as_long_as_the_text() {
+fn a_block_may_be_longer_than_the_text_but_not_without_limit() {
     let model = Case::open(A).model();
-    let mut session = session(&model, usize::MAX, 1);
+    let endless = SessionOptions { block: usize::MAX, ..SessionOptions::default() };
+    assert_eq!(Session::new(&model, &endless).err().unwrap().kind(), ErrorKind::InvalidArgument);
+    let mut session = session(&model, 1 << 14, 1);
     session.read(&[3; 300]).unwrap();
     assert_eq!(session.position(), 300);
 }

@@ -29,6 +29,8 @@ const PIECE: u64 = 256 << 10;
 const PIECES_PER_THREAD: u64 = 8;
 /// Largest magnitude that an F16 holds; block scales are F16 too.
 const F16_MAX: f32 = 65504.0;
+/// Largest magnitude that rounds to a finite BF16.
+const BF16_MAX: f32 = f32::from_bits(0x7F7F_7FFF);
 
 /// Writes `plan` with `metadata` to the new file `out`, which appears complete or not at all. `progress`
 /// counts source bytes. `cancel` is looked at between chunks.
@@ -141,7 +143,8 @@ fn convert_chunk(
         }
     };
     thread::scope(|scope| {
-        (1..workers).for_each(|_| drop(scope.spawn(run)));
+        // Where the system gives no more threads, those that there are do the work.
+        (1..workers).for_each(|_| drop(thread::Builder::new().spawn_scoped(scope, run)));
         run();
     });
     fault.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
@@ -157,7 +160,11 @@ fn convert_piece(
 ) -> Result<(), Fault> {
     values.resize(source.len() / tensor.source.dtype.block_bytes() as usize, 0.0);
     checkpoint::decode(tensor.source.dtype, source, values);
-    let limit = if matches!(tensor.dtype, DType::F32 | DType::BF16) { f32::MAX } else { F16_MAX };
+    let limit = match tensor.dtype {
+        DType::F32 => f32::MAX,
+        DType::BF16 => BF16_MAX,
+        _ => F16_MAX,
+    };
     if let Some(index) = values.iter().position(|value| value.is_nan() || value.abs() > limit) {
         let (at, value) = (start + index as u64, values[index]);
         return Err(if value.is_finite() { Fault::TooLarge(at, value) } else { Fault::NotFinite(at, value) });

@@ -127,7 +127,9 @@ unsafe fn quantize_group<S: Simd>(x: *const f32, quants: *mut i8, sums: *mut f32
         }
         let largest = S::largest(largest);
         let scale = largest / 127.0;
-        let inverse = S::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+        // Infinite where all values are zero, or nearly: those become zero.
+        let inverse = 127.0 / largest;
+        let inverse = S::splat(if inverse.is_finite() { inverse } else { 0.0 });
         for half in 0..2 {
             let mut sum = S::splat(0.0);
             for i in (half * 16..half * 16 + 16).step_by(S::LANES) {
@@ -137,7 +139,8 @@ unsafe fn quantize_group<S: Simd>(x: *const f32, quants: *mut i8, sums: *mut f32
             }
             *sums.add(half) = scale * S::sum(sum);
         }
-        scale
+        // A maximum may pass over a NaN; a sum does not.
+        scale + 0.0 * (*sums + *sums.add(1))
     }
 }
 
@@ -145,6 +148,29 @@ unsafe fn quantize_group<S: Simd>(x: *const f32, quants: *mut i8, sums: *mut f32
 mod tests {
     use super::*;
     use crate::kernels::isa::Isa;
+
+    #[test]
+    fn tiny_values_become_zero_and_a_nan_is_not_lost() {
+        let format = Format { len: 32, float: false, int8: true };
+        for isa in Isa::available() {
+            let mut row = vec![0u32; format.row_bytes() / 4];
+            let mut quantized = |x: &[f32]| {
+                // SAFETY: the row has row_bytes() bytes.
+                unsafe {
+                    prepare(isa, &format, x.as_ptr(), row.as_mut_ptr().cast());
+                    let operand = Operand::at(&format, row.as_ptr().cast());
+                    (*operand.scales, *operand.pair_sums, *operand.quants)
+                }
+            };
+            assert_eq!(quantized(&[1e-38; 32]).1, 0.0, "{isa}");
+            assert_eq!(quantized(&[1e-38; 32]).2, 0, "{isa}");
+            for at in [0, 13, 31] {
+                let mut x = [1.0; 32];
+                x[at] = f32::NAN;
+                assert!(!quantized(&x).0.is_finite(), "{isa} {at}");
+            }
+        }
+    }
 
     #[test]
     fn prepared_rows_hold_the_values_on_every_instruction_set() {

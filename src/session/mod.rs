@@ -34,9 +34,9 @@ const MAX_LEDGER: usize = 1 << 24;
 /// How a session computes and what it keeps.
 #[derive(Debug, Clone)]
 pub struct SessionOptions {
-    /// Threads; 0 means one for each core.
+    /// Threads; 0 means one for each performance core.
     pub threads: usize,
-    /// Tokens of a prompt that are computed together. More is faster up to a point and takes more memory.
+    /// Tokens of a prompt that are computed together, 1 to 16,384. More is faster up to a point and takes more memory.
     pub block: usize,
     /// Most checkpoints that are kept; a new one takes the place of the oldest. Each takes as much memory as
     /// the state, the logits and the ledger, once it is made.
@@ -51,11 +51,14 @@ impl Default for SessionOptions {
     }
 }
 
+/// Most tokens that are computed together.
+const MAX_BLOCK: usize = 1 << 14;
+
 impl SessionOptions {
     /// Refuses what [`Session::new`] refuses.
     pub(crate) fn validate(&self) -> Result<()> {
-        let problem = if self.block == 0 {
-            "a block has at least one token".to_owned()
+        let problem = if !(1..=MAX_BLOCK).contains(&self.block) {
+            format!("a block of {} tokens; choose 1 to {MAX_BLOCK}", self.block)
         } else if self.ledger > MAX_LEDGER {
             format!("a ledger of {} tokens; choose at most {MAX_LEDGER}", self.ledger)
         } else {
@@ -219,12 +222,21 @@ impl Session {
         };
         let mut engine = self.engine.lock();
         // SAFETY: the state is this session's own and of the model's shape.
-        let values = unsafe {
+        let result = unsafe {
             engine.run(wanted, |batch| {
                 batch.ids.extend_from_slice(block);
                 batch.segments.push(segment);
             })
-        }?;
+        };
+        let values = match result {
+            Ok(values) => values,
+            Err(error) => {
+                // Some layers may have moved on, so the state stands for no text any more.
+                drop(engine);
+                self.reset();
+                return Err(error);
+            }
+        };
         rows.clear();
         rows.extend_from_slice(values);
         drop(engine);

@@ -151,6 +151,9 @@ struct Header {
     counts: [u32; 4],
 }
 
+/// Beyond this, positions are not exact as f64, in which LRPE's angles are computed.
+const MAX_POSITION: u64 = 1 << 53;
+
 impl Header {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
@@ -181,6 +184,9 @@ impl Header {
                 ErrorKind::Model,
                 "this snapshot was taken with another model file: load that one, or read the text again",
             ));
+        }
+        if self.position > MAX_POSITION {
+            return Err(damaged(format_args!("position {} is not possible", self.position)));
         }
         let [tokens, logits, state, sampler] = self.counts.map(|count| count as usize);
         let vocab_size = model.hparams().vocab_size;

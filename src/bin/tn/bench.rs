@@ -17,28 +17,28 @@ mod limit;
 
 /// Measures tokens per second
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, allow_negative_numbers = true)]
 pub struct Args {
     /// Model file (GGUF)
     model: PathBuf,
 
     /// Tokens to read at once (pp); 0 leaves the test out
-    #[arg(short = 'p', long, value_name = "N,...", value_delimiter = ',', default_value = "512")]
+    #[arg(short = 'p', long, value_name = "N,...", value_delimiter = ',', default_value = "512", value_parser = tokens)]
     n_prompt: Vec<usize>,
 
     /// Tokens to generate one by one (tg); 0 leaves the test out
-    #[arg(short = 'n', long, value_name = "N,...", value_delimiter = ',', default_value = "128")]
+    #[arg(short = 'n', long, value_name = "N,...", value_delimiter = ',', default_value = "128", value_parser = tokens)]
     n_gen: Vec<usize>,
 
     /// Tokens to read before each test
-    #[arg(short = 'd', long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
+    #[arg(short = 'd', long, value_name = "N,...", value_delimiter = ',', default_value = "0,4096,32768", value_parser = tokens)]
     n_depth: Vec<usize>,
 
     /// Repetitions
     #[arg(short, long, value_name = "N", default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
     repetitions: u32,
 
-    /// Threads [default: one for each core]
+    /// Threads [default: one for each performance core]
     #[arg(short, long, value_name = "N,...", value_delimiter = ',', value_parser = threads)]
     threads: Vec<usize>,
 
@@ -60,6 +60,14 @@ standard deviation.
 GB/s is the memory that generating reads and writes: the weights once and the state twice per token; \"of limit\"
 is its share of the speed at which as many threads read the same weights without computing, measured in this
 run. GOP/s counts multiplications and additions with weights while reading a prompt. All are from the median.";
+
+/// A number of tokens; more than a million in one test says nothing that fewer do not.
+fn tokens(arg: &str) -> Result<usize, String> {
+    match arg.parse() {
+        Ok(count) if count <= 1 << 20 => Ok(count),
+        _ => Err(format!("a number from 0 to {}", 1 << 20)),
+    }
+}
 
 /// One row of the result; names are those of llama-bench where it has the field.
 #[derive(Debug, Serialize)]
@@ -295,7 +303,10 @@ fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
     let speed = format!("{:.2} ± {:.2}", row.avg_ts, row.stddev_ts);
     let (size, params) = (Bytes(row.model_size), count(row.model_n_params));
     let gb = row.gb_per_s.map_or(String::new(), |gb| format!("{gb:.2}"));
-    let share = row.gb_per_s.map_or(String::new(), |gb| format!("{:.0} %", 100.0 * gb / row.limit_gb_per_s));
+    // Threads that outnumber the cores take turns: each then measures another limit.
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = row.gb_per_s.filter(|_| row.n_threads <= cores);
+    let share = share.map_or(String::new(), |gb| format!("{:.0} %", 100.0 * gb / row.limit_gb_per_s));
     let gop = row.gop_per_s.map_or(String::new(), |gop| format!("{gop:.1}"));
     let Row { model_type, backend, n_threads, median_ts, .. } = row;
     write!(

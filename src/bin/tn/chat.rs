@@ -8,7 +8,7 @@ use crate::shared::{Failure, ModelArgs, SamplingArgs, cancel_on_interrupt, note,
 
 /// Holds a conversation, in the format of the authors' fine-tuned models
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, allow_negative_numbers = true)]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,

@@ -8,7 +8,7 @@ use crate::shared::{Failure, ModelArgs};
 
 /// Prints the logits after the last token, or after each
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, allow_negative_numbers = true)]
 #[group(id = "input", required = true, multiple = false, args = ["ids", "text"])]
 pub struct Args {
     #[command(flatten)]
@@ -26,7 +26,7 @@ pub struct Args {
     #[arg(long)]
     all: bool,
 
-    /// All logits as JSON: {\"ids\": [...], \"logits\": [...]}, one array for each token with --all
+    /// All logits as JSON: {"ids": [...], "logits": [...]}, one array for each token with --all
     #[arg(long)]
     json: bool,
 }

@@ -44,6 +44,9 @@ Exit codes:
   130  interrupted";
 
 fn main() -> ExitCode {
+    if let Some(message) = shared::unknown_isa() {
+        eprintln!("tn: {message}");
+    }
     let result = match Cli::parse().command {
         Command::Run(args) => run::run(&args),
         Command::Chat(args) => chat::run(&args),

@@ -12,7 +12,7 @@ use crate::shared::{Failure, ModelArgs, SamplingArgs, cancel_on_interrupt, predi
 
 /// Streams the text that follows a prompt
 #[derive(Debug, clap::Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, allow_negative_numbers = true)]
 pub struct Args {
     #[command(flatten)]
     model: ModelArgs,

@@ -8,7 +8,7 @@ use std::{
 };
 
 use clap::value_parser;
-use transnormer::{CancelToken, ErrorKind, Model, SamplerOptions, Session, SessionOptions, Stats};
+use transnormer::{CancelToken, ErrorKind, Isa, Model, SamplerOptions, Session, SessionOptions, Stats};
 
 /// Exit code after an interrupt: 128 and the number of SIGINT.
 const INTERRUPTED: u8 = 130;
@@ -65,7 +65,7 @@ pub struct ModelArgs {
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
 
-    /// Threads [default: one for each core]
+    /// Threads [default: one for each performance core]
     #[arg(short, long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 }
@@ -240,6 +240,17 @@ fn peak_memory() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// What to say where `TRANSNORMER_ISA` names no instruction set of this machine.
+pub fn unknown_isa() -> Option<String> {
+    let wanted = std::env::var("TRANSNORMER_ISA").ok().filter(|name| !name.is_empty())?;
+    let names: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
+    let known = names.iter().any(|name| name.eq_ignore_ascii_case(&wanted));
+    (!known).then(|| {
+        let (best, names) = (Isa::best(), names.join(", "));
+        format!("warning: TRANSNORMER_ISA={wanted} is none of {names}; using {best}")
+    })
 }
 
 #[cfg(test)]

@@ -50,14 +50,15 @@ pub(super) unsafe fn multiply(
                 // SAFETY: rows of `columns` values; the output has room.
                 unsafe {
                     let x = Operand::at(&inputs.format, inputs.rows.add(t * inputs.format.row_bytes())).float;
-                    *outputs.data.add(t * outputs.stride + first + r) = dot(isa, row.as_ptr(), x, columns);
+                    *outputs.data.wrapping_add(t * outputs.stride + first + r) =
+                        dot(isa, row.as_ptr(), x, columns);
                 }
             }
         }
         if transpose {
             // SAFETY: the panel is (columns, PANEL); the output has room.
             unsafe {
-                let outputs = Outputs { data: outputs.data.add(first), ..outputs };
+                let outputs = Outputs { data: outputs.data.wrapping_add(first), ..outputs };
                 multiply_panel(isa, panel.as_ptr(), columns, &inputs, &outputs);
             }
         }
@@ -133,7 +134,7 @@ impl Tile for Panel<'_> {
             let mut sums = [[S::splat(0.0); C]; R];
             accumulate::<S, R, C>(&mut sums, (x, stride), (self.panel.add(column), PANEL), self.columns);
             for (r, sums) in sums.into_iter().enumerate() {
-                let out = self.outputs.data.add((token + r) * self.outputs.stride + column);
+                let out = self.outputs.data.wrapping_add((token + r) * self.outputs.stride + column);
                 for (c, sum) in sums.into_iter().enumerate() {
                     S::store(out.add(c * S::LANES), sum);
                 }

@@ -46,7 +46,8 @@ unsafe impl Sync for Inputs {}
 // SAFETY: as above.
 unsafe impl Sync for Outputs {}
 
-/// Where the products go: element (token, row) at `data + token * stride + row`.
+/// Where the products go: element (token, row) at `data + token * stride + row`. `data` itself may lie outside the
+/// memory; only the elements of the rows that are computed lie inside.
 #[derive(Clone, Copy)]
 pub(crate) struct Outputs {
     pub data: *mut f32,
