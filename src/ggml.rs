@@ -2,7 +2,7 @@
 //! the dequantizers.
 //!
 //! ggml walks a graph's nodes on the caller's thread; a node's operation spreads its work over the engine's own
-//! [threads](crate::threads), whose waiting suits phones and busy machines better than ggml's spinning barrier.
+//! threads, whose waiting suits phones and busy machines better than ggml's spinning barrier.
 //!
 //! `GGML_ASSERT` aborts the process and cannot be caught, so every shape and type is checked here or by
 //! the callers before ggml sees it.

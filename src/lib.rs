@@ -1,4 +1,24 @@
 //! An embedded inference engine for the TransNormerLLM family.
+//!
+//! A [`Model`] is a checked GGUF file, immutable and shared. A [`Session`] is one sequence over it: a state of fixed
+//! size, and the tokens that the state stands for.
+//!
+//! ```no_run
+//! use transnormer::{Event, GenerateOptions, Model, Session, SessionOptions};
+//!
+//! # fn main() -> transnormer::Result<()> {
+//! let model = Model::open("models/fable-8m/fable-8m-Q8_0.gguf")?;
+//! let mut session = Session::new(&model, &SessionOptions::default())?;
+//! for event in session.generate("Once upon a time", GenerateOptions::default())? {
+//!     if let Event::Token(token) = event? {
+//!         print!("{}", token.text);
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ARCHITECTURE.md says how it works, MODEL.md what it computes.
 
 mod atomic_file;
 mod batch;

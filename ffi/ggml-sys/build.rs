@@ -13,8 +13,7 @@ const SOURCE_PACKAGE: &str = "llama-cpp-sys-2";
 
 /// ggml's core: tensors, graphs, allocation, quantizers, the back-end interface.
 const CORE_C: [&str; 3] = ["ggml.c", "ggml-alloc.c", "ggml-quants.c"];
-const CORE_CPP: [&str; 5] =
-    ["ggml.cpp", "ggml-backend.cpp", "ggml-backend-meta.cpp", "ggml-threading.cpp", "gguf.cpp"];
+const CORE_CPP: [&str; 4] = ["ggml.cpp", "ggml-backend.cpp", "ggml-backend-meta.cpp", "ggml-threading.cpp"];
 
 /// The CPU back end, once, at the target's baseline instruction set: the kernels that matter for speed
 /// are the engine's own and pick their instruction set at run time (ARCHITECTURE.md, "Kernels").
@@ -138,21 +137,20 @@ fn generate_bindings(ggml: &Path) {
     bindgen::Builder::default()
         .header("wrapper.h")
         .clang_arg(format!("-I{}", ggml.join("include").display()))
-        .allowlist_function("ggml_(init|free|new_.*|set_(name|op_params.*)|nbytes|row_size|type_name|type_size|blck_size)")
-        .allowlist_function("ggml_(get_rows|mul_mat|rms_norm|add|mul|mul_inplace|add_inplace|scale|silu|view_.*d|reshape_.*d|cont|permute|ssm_scan|custom_4d|cpy|unary|dup_tensor)")
-        .allowlist_function("ggml_(build_forward_expand|graph_.*|tensor_overhead|version|time_us)")
-        .allowlist_function("ggml_(quantize_chunk|quantize_init|quantize_free|get_type_traits|get_type_traits_cpu)")
-        .allowlist_function("ggml_gallocr_.*")
-        .allowlist_function("ggml_backend_(cpu_.*|free|name|tensor_(set|get|alloc)|buffer_(free|get_base|get_size|is_host|clear)|graph_compute.*|alloc_ctx_tensors.*|get_default_buffer_type|buft_.*|buffer_set_usage|synchronize|set_abort_callback)")
-        .allowlist_function("ggml_threadpool_.*|ggml_cpu_.*|ggml_log_set|ggml_set_abort_callback")
-        .allowlist_function("gguf_(init_from_file|init_from_buffer|free|get_n_.*|get_tensor_.*|get_data_offset|find_key|get_version)")
-        .allowlist_type("ggml_.*_t|ggml_tensor|ggml_type|ggml_status|ggml_threadpool_params|ggml_init_params")
+        .allowlist_function("ggml_(init|free|version|cpu_init|tensor_overhead|custom_4d|get_type_traits)")
+        .allowlist_function(
+            "ggml_(new_graph_custom|build_forward_expand|graph_(overhead_custom|plan|compute))",
+        )
+        .allowlist_function(
+            "ggml_gallocr_(new|free|alloc_graph|get_buffer_size)|ggml_backend_cpu_buffer_type",
+        )
+        .allowlist_function("ggml_threadpool_(new|free|params_default)|ggml_quantize_(init|chunk)")
+        .allowlist_type("ggml_(tensor|type|status)")
         .default_enum_style(bindgen::EnumVariation::Consts)
         .prepend_enum_name(false)
         .derive_default(true)
         .layout_tests(false)
         .generate_comments(false)
-        .allowlist_var("GGML_MAX_N_THREADS")
         .merge_extern_blocks(true)
         .generate()
         .expect("bindgen reads ggml's headers")

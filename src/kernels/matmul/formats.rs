@@ -178,44 +178,17 @@ unsafe fn bits<L: Lanes>(words: L::I, shift: usize, mask: i32) -> L::I {
     unsafe { L::and(L::shift_words_right(words, shift), L::splat_word(mask)) }
 }
 
-/// Nibbles in sub-blocks of 32 with a scale and a minimum.
+/// Nibbles, with a fifth bit or without, in sub-blocks of 32 with a scale and a minimum: Q5_K and Q4_K.
+pub(super) struct K<const FIFTH: bool>;
+
 #[allow(non_camel_case_types)]
-pub(super) struct Q4_K;
-
-impl Format for Q4_K {
-    const COLUMNS: usize = 256;
-    const BYTES: usize = 2304;
-    const GROUP: usize = 32;
-    const SIGNED: bool = false;
-    const HAS_OFFSET: bool = true;
-    type Head<L: Lanes> = KHead<L>;
-
-    #[inline(always)]
-    unsafe fn head<L: Lanes>(block: *const u8) -> KHead<L> {
-        // SAFETY: the trait's contract.
-        unsafe { k_head(block) }
-    }
-
-    #[inline(always)]
-    unsafe fn weights<L: Lanes>(block: *const u8, pair: usize) -> [L::I; 2] {
-        // SAFETY: the trait's contract.
-        unsafe { nibbles::<L>(block.add(K_NIBBLES + 64 * pair)) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale<L: Lanes>(_block: *const u8, head: &KHead<L>, g: usize) -> (L::F, L::F) {
-        // SAFETY: the trait's contract.
-        unsafe { k_scale(head, g) }
-    }
-}
-
-/// [`Q4_K`] with a fifth bit.
+pub(super) type Q4_K = K<false>;
 #[allow(non_camel_case_types)]
-pub(super) struct Q5_K;
+pub(super) type Q5_K = K<true>;
 
-impl Format for Q5_K {
+impl<const FIFTH: bool> Format for K<FIFTH> {
     const COLUMNS: usize = 256;
-    const BYTES: usize = 2816;
+    const BYTES: usize = if FIFTH { 2816 } else { 2304 };
     const GROUP: usize = 32;
     const SIGNED: bool = false;
     const HAS_OFFSET: bool = true;
@@ -231,8 +204,11 @@ impl Format for Q5_K {
     unsafe fn weights<L: Lanes>(block: *const u8, pair: usize) -> [L::I; 2] {
         // SAFETY: the trait's contract.
         unsafe {
-            let fifths = L::load(block.add(K_NIBBLES + 2048 + pair / 4 * 64));
             let [low, high] = nibbles::<L>(block.add(K_NIBBLES + 64 * pair));
+            if !FIFTH {
+                return [low, high];
+            }
+            let fifths = L::load(block.add(K_NIBBLES + 2048 + pair / 4 * 64));
             // Bits 2 · (pair % 4) and the next, moved to bit 4.
             let moved = match pair % 4 {
                 0 => [L::shift_left::<4>(fifths), L::shift_left::<3>(fifths)],
