@@ -48,7 +48,7 @@ pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use generate::{CancelToken, Done, Event, GenerateOptions, Generation, Prompt, Stats, StopReason, Token};
 pub use kernels::{isa::Isa, matmul::tiles};
-pub use mapping::{LoadMode, Mapping};
+pub use mapping::{LoadMode, Mapping, open_regular};
 pub use model::Model;
 pub use sampler::{Sampler, SamplerOptions};
 pub use session::{CheckpointId, Session, SessionOptions, Snapshot, SyncReport};

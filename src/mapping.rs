@@ -32,19 +32,14 @@ impl Mapping {
     /// Opens `path`. Errors with [`ErrorKind::Io`] naming the file.
     pub fn open(path: &Path, mode: LoadMode) -> Result<Self> {
         let io = |source| Error::io(path, source);
-        // Before it is opened: opening a pipe waits for its other end.
-        if !std::fs::metadata(path).map_err(io)?.is_file() {
-            return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
-        }
-        let file = File::open(path).map_err(io)?;
-        let metadata = file.metadata().map_err(io)?;
+        let (file, len) = open_regular(path)?;
         let bytes = match mode {
-            LoadMode::Map if metadata.len() > 0 => {
+            LoadMode::Map if len > 0 => {
                 // SAFETY: the file is only read; that it must not shrink is stated in LoadMode::Map.
                 let map = unsafe { memmap2::Mmap::map(&file) };
                 Bytes::Mapped(map.map_err(io)?)
             }
-            _ => read(file, metadata.len()).map_err(io)?,
+            _ => read(file, len).map_err(io)?,
         };
         Ok(Self { bytes })
     }
@@ -64,6 +59,18 @@ impl Deref for Mapping {
             Bytes::Heap(bytes) => bytes,
         }
     }
+}
+
+/// Opens a regular file for reading; returns it and its length. Anything else is refused with [`ErrorKind::Io`].
+pub fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let io = |source| Error::io(path, source);
+    // Looked at before it is opened: opening a pipe waits for its other end.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
+    }
+    let file = File::open(path).map_err(io)?;
+    let len = file.metadata().map_err(io)?.len();
+    Ok((file, len))
 }
 
 fn read(mut file: File, len: u64) -> std::io::Result<Bytes> {

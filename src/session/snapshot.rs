@@ -15,7 +15,6 @@
 //! Reading checks everything before the session changes, and the lengths before it takes memory.
 
 use std::{
-    fs::File,
     io::{self, BufReader, Read},
     path::Path,
 };
@@ -24,6 +23,7 @@ use super::{MAX_LEDGER, Past, Session, ledger::TokensDigest};
 use crate::{
     atomic_file::AtomicFile,
     error::{Error, ErrorKind, Result},
+    mapping::open_regular,
     model::Model,
     sampler::Sampler,
 };
@@ -68,12 +68,8 @@ impl Session {
     /// model. The session is unchanged then.
     pub fn load(&mut self, path: impl AsRef<Path>) -> Result<Option<[u64; 4]>> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(|source| Error::io(path, source))?;
-        let metadata = file.metadata().map_err(|source| Error::io(path, source))?;
-        if !metadata.is_file() {
-            return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
-        }
-        self.restore_from(BufReader::new(file), metadata.len()).map_err(|error| error.context(path.display()))
+        let (file, len) = open_regular(path)?;
+        self.restore_from(BufReader::new(file), len).map_err(|error| error.context(path.display()))
     }
 
     /// [`load`](Self::load) from memory: what [`Snapshot::to_bytes`] gave.

@@ -52,12 +52,8 @@ impl SourceFile {
     /// # Errors
     /// [`ErrorKind::Io`] where the file is missing, unreadable, or not a regular file.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|source| Error::io(path, source))?;
-        let metadata = file.metadata().map_err(|source| Error::io(path, source))?;
-        if !metadata.is_file() {
-            return Err(Error::new(ErrorKind::Io, format_args!("{}: not a regular file", path.display())));
-        }
-        Ok(Self { path: path.to_owned(), len: metadata.len(), file: Mutex::new(file) })
+        let (file, len) = transnormer::open_regular(path)?;
+        Ok(Self { path: path.to_owned(), len, file: Mutex::new(file) })
     }
 
     /// Where the file is.
