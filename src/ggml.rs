@@ -102,7 +102,6 @@ pub(crate) trait Op: Send + Sync {
 }
 
 /// A node that is being computed.
-#[derive(Clone, Copy)]
 pub(crate) struct OpArgs<'a> {
     /// Where the result goes.
     pub output: Tensor,
@@ -133,8 +132,6 @@ impl OpArgs<'_> {
 pub(crate) struct Tensor(NonNull<sys::ggml_tensor>);
 
 // SAFETY: a handle; what threads do with the data is the operations' affair.
-unsafe impl Send for Tensor {}
-// SAFETY: as above.
 unsafe impl Sync for Tensor {}
 
 impl Tensor {

@@ -43,7 +43,6 @@ pub(crate) enum Logits {
 }
 
 /// One sequence's part of a batch.
-#[derive(Debug)]
 pub(crate) struct Segment {
     /// The state of all layers, updated in place; see [`State`](crate::state::State) for the layout.
     pub state: *mut f32,

@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{CASES, Case, error, session, small_model};
+use common::{CASES, Case, error, greedy_options, session, small_model};
 use proptest::{collection::vec, option, prelude::*, test_runner::Config};
 use tn_quantize::policy::Preset;
 use transnormer::{
@@ -17,15 +17,6 @@ const ROUNDING: f64 = 2e-5;
 
 fn batch(model: &Model, block: usize, threads: usize) -> Batch {
     Batch::new(model, &SessionOptions { threads, block, ..SessionOptions::default() }).expect("valid options")
-}
-
-fn greedy(max_tokens: usize) -> GenerateOptions {
-    GenerateOptions {
-        sampler: SamplerOptions::greedy(),
-        max_tokens: Some(max_tokens),
-        ignore_eos: true,
-        ..Default::default()
-    }
 }
 
 /// What a sequence gave out.
@@ -89,13 +80,13 @@ fn every_architecture_and_format_agrees_with_single_sessions() {
             let names: Vec<_> = prompts
                 .iter()
                 .enumerate()
-                .map(|(i, prompt)| batch.join(batch.session(), *prompt, greedy(3 + i)).unwrap())
+                .map(|(i, prompt)| batch.join(batch.session(), *prompt, greedy_options(3 + i)).unwrap())
                 .collect();
             let mut given = HashMap::new();
             run(&mut batch, &mut given);
             for (i, (prompt, name)) in prompts.iter().zip(names).enumerate() {
                 let mut single = session(&model, 32, 1);
-                let wanted = alone(&mut single, prompt, greedy(3 + i));
+                let wanted = alone(&mut single, prompt, greedy_options(3 + i));
                 assert_eq!(given[&name].ids, wanted.ids, "{}, {}", case.name, preset.name());
                 let done = given[&name].done.as_ref().expect("every sequence ends");
                 assert_eq!((done.reason, done.stats.prompt_tokens), (StopReason::MaxTokens, prompt.len()));
@@ -123,7 +114,7 @@ proptest! {
         let mut wait = 0;
         while arrivals.peek().is_some() || batch.running() > 0 {
             while let Some((_, prompt, max, patience)) = arrivals.next_if(|(pause, ..)| *pause <= wait) {
-                let name = batch.join(batch.session(), &prompt, greedy(max)).unwrap();
+                let name = batch.join(batch.session(), &prompt, greedy_options(max)).unwrap();
                 running.push((name, prompt, max, patience));
                 wait = 0;
             }
@@ -146,7 +137,7 @@ proptest! {
             let given = given.remove(&name).unwrap_or_default();
             let mut single = session(&model, block, 1);
             if given.done.is_some() {
-                let wanted = alone(&mut single, &prompt, greedy(max));
+                let wanted = alone(&mut single, &prompt, greedy_options(max));
                 prop_assert_eq!((given.ids, given.text), (wanted.ids, wanted.text));
             } else {
                 // It left early: what it has read is a beginning of prompt and text.
@@ -171,16 +162,17 @@ fn each_has_its_own_sampler_stop_and_cancellation() {
     let seeded = |seed| GenerateOptions {
         sampler: SamplerOptions { temperature: 1.5, seed: Some(seed), ..Default::default() },
         log_probs: true,
-        ..greedy(12)
+        ..greedy_options(12)
     };
     let prompt = [9, 8, 7];
-    let plain = alone(&mut session(&model, 256, 1), &prompt, greedy(12));
-    let stop = GenerateOptions { stop: vec![plain.text[plain.text.len() / 2..].to_owned()], ..greedy(50) };
+    let plain = alone(&mut session(&model, 256, 1), &prompt, greedy_options(12));
+    let stop =
+        GenerateOptions { stop: vec![plain.text[plain.text.len() / 2..].to_owned()], ..greedy_options(50) };
     let cancel = CancelToken::new();
-    let endless = GenerateOptions { max_tokens: None, cancel: cancel.clone(), ..greedy(0) };
+    let endless = GenerateOptions { max_tokens: None, cancel: cancel.clone(), ..greedy_options(0) };
     let cancelled = CancelToken::new();
     cancelled.cancel();
-    let never = GenerateOptions { cancel: cancelled, ..greedy(5) };
+    let never = GenerateOptions { cancel: cancelled, ..greedy_options(5) };
 
     let mut batch = batch(&model, 256, 1);
     let mut join = |options: &GenerateOptions| batch.join(batch.session(), &prompt, options.clone()).unwrap();
@@ -220,16 +212,16 @@ fn sessions_come_with_their_past_and_leave_with_it() {
     let mut batch = batch(&model, 16, 1);
     // One has threads of its own, one goes on without a prompt.
     let names = [
-        batch.join(single.fork(), &[4, 5], greedy(4)).unwrap(),
-        batch.join(single.fork(), &[], greedy(4)).unwrap(),
+        batch.join(single.fork(), &[4, 5], greedy_options(4)).unwrap(),
+        batch.join(single.fork(), &[], greedy_options(4)).unwrap(),
     ];
     run(&mut batch, &mut HashMap::new());
     for (name, prompt) in names.into_iter().zip([&[4, 5][..], &[]]) {
         let (mut wanted, mut found) = (single.fork(), batch.leave(name).unwrap());
-        alone(&mut wanted, prompt, greedy(4));
+        alone(&mut wanted, prompt, greedy_options(4));
         assert_equal(&found, &wanted);
-        alone(&mut wanted, &[], greedy(2));
-        alone(&mut found, &[], greedy(2));
+        alone(&mut wanted, &[], greedy_options(2));
+        alone(&mut found, &[], greedy_options(2));
         assert_equal(&found, &wanted);
     }
     assert_eq!((batch.running(), batch.step().unwrap().len()), (0, 0));
@@ -239,8 +231,9 @@ fn sessions_come_with_their_past_and_leave_with_it() {
 fn what_a_session_would_refuse_is_refused() {
     let model = small_model(1);
     let mut batch = batch(&model, 16, 1);
-    let mut kind =
-        |session: Session, prompt: Prompt<'_>| batch.join(session, prompt, greedy(1)).unwrap_err().kind();
+    let mut kind = |session: Session, prompt: Prompt<'_>| {
+        batch.join(session, prompt, greedy_options(1)).unwrap_err().kind()
+    };
     let empty = || session(&model, 16, 1);
     assert_eq!(kind(empty(), Prompt::Ids(&[])), ErrorKind::InvalidArgument);
     assert_eq!(kind(empty(), Prompt::Ids(&[1 << 20])), ErrorKind::InvalidArgument);
@@ -257,9 +250,9 @@ fn an_error_ends_only_its_own_sequence() {
     let model = small_model(1);
     let mut batch = batch(&model, 16, 1);
     let biased = |id| SamplerOptions { logit_bias: vec![(id, 0.0)], ..SamplerOptions::greedy() };
-    let wrong = GenerateOptions { sampler: biased(1 << 20), ..greedy(3) };
+    let wrong = GenerateOptions { sampler: biased(1 << 20), ..greedy_options(3) };
     let wrong = batch.join(batch.session(), &[3], wrong).unwrap();
-    let right = batch.join(batch.session(), &[3], greedy(3)).unwrap();
+    let right = batch.join(batch.session(), &[3], greedy_options(3)).unwrap();
     let (mut errors, mut given) = (Vec::new(), Given::default());
     while batch.running() > 0 {
         for (name, event) in batch.step().unwrap() {

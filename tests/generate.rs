@@ -1,7 +1,10 @@
 //! Generation through the library: what is given out, what the session has read, and how it ends.
 
+mod common;
+
 use std::{ops::ControlFlow, path::Path, sync::OnceLock, thread};
 
+use common::greedy_options;
 use transnormer::{
     CancelToken, Done, ErrorKind, Event, GenerateOptions, Model, Prompt, SamplerOptions, Session,
     SessionOptions, StopReason, Token, sampler::log_prob,
@@ -19,15 +22,6 @@ fn model() -> &'static Model {
 
 fn session() -> Session {
     Session::new(model(), &SessionOptions { threads: 1, ..Default::default() }).unwrap()
-}
-
-fn greedy(max_tokens: usize) -> GenerateOptions {
-    GenerateOptions {
-        sampler: SamplerOptions::greedy(),
-        max_tokens: Some(max_tokens),
-        ignore_eos: true,
-        ..Default::default()
-    }
 }
 
 /// Everything that a generation gives out.
@@ -56,7 +50,7 @@ fn ids(tokens: &[Token]) -> Vec<u32> {
 #[test]
 fn texts_are_the_decoded_tokens_and_the_callback_sees_the_same() {
     let mut first = session();
-    let (tokens, text, done) = collect(first.generate(PROMPT, greedy(6)).unwrap());
+    let (tokens, text, done) = collect(first.generate(PROMPT, greedy_options(6)).unwrap());
     assert_eq!((tokens.len(), done.reason), (6, StopReason::MaxTokens));
     assert_eq!((done.stats.tokens, done.stats.prompt_tokens), (6, first.tokens().len() - 6));
     let whole = model().tokenizer().decode(first.tokens()).unwrap();
@@ -64,7 +58,7 @@ fn texts_are_the_decoded_tokens_and_the_callback_sees_the_same() {
 
     let mut second = session();
     let mut seen = Vec::new();
-    let end = second.generate_with(PROMPT, greedy(6), |token| {
+    let end = second.generate_with(PROMPT, greedy_options(6), |token| {
         seen.push(token);
         ControlFlow::Continue(())
     });
@@ -75,10 +69,10 @@ fn texts_are_the_decoded_tokens_and_the_callback_sees_the_same() {
 #[test]
 fn a_finished_generation_goes_on_where_it_ended() {
     let mut straight = session();
-    let (wanted, ..) = collect(straight.generate(PROMPT, greedy(6)).unwrap());
+    let (wanted, ..) = collect(straight.generate(PROMPT, greedy_options(6)).unwrap());
     let mut parts = session();
-    let (mut tokens, ..) = collect(parts.generate(PROMPT, greedy(2)).unwrap());
-    tokens.extend(collect(parts.generate(&[], greedy(4)).unwrap()).0);
+    let (mut tokens, ..) = collect(parts.generate(PROMPT, greedy_options(2)).unwrap());
+    tokens.extend(collect(parts.generate(&[], greedy_options(4)).unwrap()).0);
     assert_eq!(ids(&tokens), ids(&wanted));
     assert_eq!(parts.tokens(), straight.tokens());
     assert_eq!(parts.logits(), straight.logits());
@@ -87,7 +81,7 @@ fn a_finished_generation_goes_on_where_it_ended() {
 #[test]
 fn a_stop_string_across_tokens_is_not_given_out() {
     let mut plain = session();
-    let (tokens, text, _) = collect(plain.generate(PROMPT, greedy(6)).unwrap());
+    let (tokens, text, _) = collect(plain.generate(PROMPT, greedy_options(6)).unwrap());
     // From the middle of the second token's text to the middle of the fifth's.
     let border = |n: usize| tokens[..n].iter().map(|token| token.text.len()).sum::<usize>();
     let (start, end) = (border(1) + 1, border(4) + 1);
@@ -95,7 +89,7 @@ fn a_stop_string_across_tokens_is_not_given_out() {
     let start = text.find(&stop).unwrap();
 
     let mut stopped = session();
-    let options = GenerateOptions { stop: vec!["@@@".into(), stop], ..greedy(6) };
+    let options = GenerateOptions { stop: vec!["@@@".into(), stop], ..greedy_options(6) };
     let (given, before, done) = collect(stopped.generate(PROMPT, options).unwrap());
     assert_eq!((before.as_str(), done.reason), (&text[..start], StopReason::Stop));
     assert_eq!(given.len(), done.stats.tokens);
@@ -108,11 +102,11 @@ fn a_stop_string_across_tokens_is_not_given_out() {
 #[test]
 fn cancelling_leaves_the_session_at_a_token_boundary() {
     let mut straight = session();
-    let (wanted, ..) = collect(straight.generate(PROMPT, greedy(6)).unwrap());
+    let (wanted, ..) = collect(straight.generate(PROMPT, greedy_options(6)).unwrap());
 
     let mut cancelled = session();
     let cancel = CancelToken::new();
-    let options = GenerateOptions { max_tokens: None, cancel: cancel.clone(), ..greedy(0) };
+    let options = GenerateOptions { max_tokens: None, cancel: cancel.clone(), ..greedy_options(0) };
     let mut generation = cancelled.generate(PROMPT, options).unwrap();
     let mut tokens = Vec::new();
     for _ in 0..2 {
@@ -124,12 +118,12 @@ fn cancelling_leaves_the_session_at_a_token_boundary() {
     assert_eq!((rest.len(), done.reason, done.stats.tokens), (0, StopReason::Cancelled, 2));
     assert!(generation.next().is_none());
 
-    tokens.extend(collect(cancelled.generate(&[], greedy(4)).unwrap()).0);
+    tokens.extend(collect(cancelled.generate(&[], greedy_options(4)).unwrap()).0);
     assert_eq!(ids(&tokens), ids(&wanted));
     assert_eq!(cancelled.tokens(), straight.tokens());
 
     let mut broken = session();
-    let done = broken.generate_with(PROMPT, greedy(6), |_| ControlFlow::Break(())).unwrap();
+    let done = broken.generate_with(PROMPT, greedy_options(6), |_| ControlFlow::Break(())).unwrap();
     assert_eq!((done.reason, done.stats.tokens), (StopReason::Cancelled, 1));
     assert_eq!(broken.tokens(), &straight.tokens()[..done.stats.prompt_tokens + 1]);
 }
@@ -149,7 +143,7 @@ fn a_prompt_can_be_cancelled_between_blocks() {
 
     let cancel = CancelToken::new();
     cancel.cancel();
-    let options = GenerateOptions { cancel: cancel.clone(), ..greedy(2) };
+    let options = GenerateOptions { cancel: cancel.clone(), ..greedy_options(2) };
     let (tokens, _, done) = collect(session.generate(&prompt, options.clone()).unwrap());
     assert_eq!((tokens.len(), done.reason, done.stats.prompt_tokens), (0, StopReason::Cancelled, 0));
     assert_eq!(session.position(), 5);
@@ -161,7 +155,7 @@ fn a_prompt_can_be_cancelled_between_blocks() {
 #[test]
 fn a_dropped_generation_leaves_its_last_token_unread() {
     let mut session = session();
-    let mut generation = session.generate(&[300, 301], greedy(6)).unwrap();
+    let mut generation = session.generate(&[300, 301], greedy_options(6)).unwrap();
     let first = match generation.next() {
         Some(Ok(Event::Token(token))) => token.id,
         other => panic!("{other:?}"),
@@ -175,7 +169,7 @@ fn a_dropped_generation_leaves_its_last_token_unread() {
 fn the_end_of_the_document_ends_the_text_unless_ignored() {
     let eos = model().tokenizer().eos();
     let wish = SamplerOptions { logit_bias: vec![(eos, 1e4)], ..SamplerOptions::greedy() };
-    let options = GenerateOptions { sampler: wish, ignore_eos: false, ..greedy(2) };
+    let options = GenerateOptions { sampler: wish, ignore_eos: false, ..greedy_options(2) };
     let mut session = session();
     let (tokens, text, done) = collect(session.generate(&[300], options.clone()).unwrap());
     assert_eq!((tokens.len(), text.as_str(), done.reason), (0, "", StopReason::Eos));
@@ -192,7 +186,7 @@ fn half_a_character_is_given_out_as_broken_at_the_end() {
     let tokenizer = model().tokenizer();
     let byte = (0..tokenizer.vocab_size() as u32).find(|&id| tokenizer.piece(id) == Some("<0xE4>")).unwrap();
     let wish = SamplerOptions { logit_bias: vec![(byte, 1e4)], ..SamplerOptions::greedy() };
-    let options = GenerateOptions { sampler: wish, ..greedy(1) };
+    let options = GenerateOptions { sampler: wish, ..greedy_options(1) };
     let (tokens, text, done) = collect(session().generate(&[300], options).unwrap());
     assert_eq!((ids(&tokens), tokens[0].text.as_str()), (vec![byte], ""));
     assert_eq!((text.as_str(), done.text.as_str()), ("\u{FFFD}", "\u{FFFD}"));
@@ -204,13 +198,13 @@ fn log_probabilities_are_the_models_own() {
     let options = GenerateOptions {
         log_probs: true,
         sampler: SamplerOptions { seed: Some(3), ..Default::default() },
-        ..greedy(1)
+        ..greedy_options(1)
     };
     let (tokens, ..) = collect(session.generate(&[300, 301], options).unwrap());
     session.reset();
     session.read(&[300, 301]).unwrap();
     assert_eq!(tokens[0].log_prob, Some(log_prob(session.logits(), tokens[0].id)));
-    let (tokens, ..) = collect(session.generate(&[], greedy(1)).unwrap());
+    let (tokens, ..) = collect(session.generate(&[], greedy_options(1)).unwrap());
     assert_eq!(tokens[0].log_prob, None);
 }
 
@@ -218,7 +212,7 @@ fn log_probabilities_are_the_models_own() {
 fn seeds_repeat() {
     let run = |seed| {
         let sampler = SamplerOptions { temperature: 2.0, top_k: 0, seed: Some(seed), ..Default::default() };
-        ids(&collect(session().generate(PROMPT, GenerateOptions { sampler, ..greedy(5) }).unwrap()).0)
+        ids(&collect(session().generate(PROMPT, GenerateOptions { sampler, ..greedy_options(5) }).unwrap()).0)
     };
     assert_eq!(run(7), run(7));
     assert_ne!(run(7), run(8));
@@ -227,11 +221,11 @@ fn seeds_repeat() {
 #[test]
 fn no_tokens_and_no_text() {
     let mut session = session();
-    let (tokens, text, done) = collect(session.generate("", greedy(0)).unwrap());
+    let (tokens, text, done) = collect(session.generate("", greedy_options(0)).unwrap());
     assert_eq!((tokens.len(), text.as_str(), done.reason), (0, "", StopReason::MaxTokens));
     // A document begins where another ends.
     assert_eq!(session.tokens(), [model().tokenizer().eos()]);
-    collect(session.generate("", greedy(0)).unwrap());
+    collect(session.generate("", greedy_options(0)).unwrap());
     assert_eq!(session.position(), 1);
 }
 
@@ -239,12 +233,12 @@ fn no_tokens_and_no_text() {
 fn arguments_out_of_range_are_refused() {
     let mut session = session();
     let mut kind = |prompt: Prompt, options| session.generate(prompt, options).map(drop).unwrap_err().kind();
-    let empty_stop = GenerateOptions { stop: vec![String::new()], ..greedy(1) };
+    let empty_stop = GenerateOptions { stop: vec![String::new()], ..greedy_options(1) };
     let cold = SamplerOptions { temperature: -1.0, ..Default::default() };
     let invalid = ErrorKind::InvalidArgument;
-    assert_eq!(kind(Prompt::Ids(&[]), greedy(1)), invalid);
+    assert_eq!(kind(Prompt::Ids(&[]), greedy_options(1)), invalid);
     assert_eq!(kind("a".into(), empty_stop), invalid);
-    assert_eq!(kind("a".into(), GenerateOptions { sampler: cold, ..greedy(1) }), invalid);
-    assert_eq!(kind(Prompt::Ids(&[1 << 20]), greedy(1)), invalid);
+    assert_eq!(kind("a".into(), GenerateOptions { sampler: cold, ..greedy_options(1) }), invalid);
+    assert_eq!(kind(Prompt::Ids(&[1 << 20]), greedy_options(1)), invalid);
     assert_eq!(session.position(), 0);
 }

@@ -18,7 +18,7 @@ use tn_quantize::{
     policy::Preset,
     synthetic,
 };
-use transnormer::{DType, LoadMode, Model, Session, SessionOptions};
+use transnormer::{DType, GenerateOptions, LoadMode, Model, SamplerOptions, Session, SessionOptions};
 
 /// The cases that are small enough for every run. `A` is the smallest, and has intermediate values.
 pub const CASES: [&str; 4] = [A, "b_odd_l3_h6", "b2_lrpe_multi_untied_l5_h8", "d_variants_bias_hidden96"];
@@ -184,6 +184,16 @@ pub fn read_all(session: &mut Session, tokens: &[u32]) -> Vec<f32> {
         })
         .expect("valid ids");
     all
+}
+
+/// Generation of the most likely tokens, `max_tokens` of them.
+pub fn greedy_options(max_tokens: usize) -> GenerateOptions {
+    GenerateOptions {
+        sampler: SamplerOptions::greedy(),
+        max_tokens: Some(max_tokens),
+        ignore_eos: true,
+        ..Default::default()
+    }
 }
 
 /// The `count` most likely tokens, one after the other.
